@@ -1,0 +1,11 @@
+//! The protocol through the public interface, on the memory and the file store and on one that misbehaves.
+#![allow(clippy::unwrap_used)]
+
+mod damage;
+mod fencing;
+mod hostile;
+mod misbehaving;
+mod protocol;
+mod real_server;
+mod retention;
+mod world;

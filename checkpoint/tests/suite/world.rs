@@ -1,0 +1,223 @@
+//! A small model's state, ranks that write it, and the stores to write it to.
+
+use checkpoint::{
+    AttemptInfo, CheckpointError, CheckpointReader, Commit, Manifest, RunStore, ShardId,
+    ShardRecord, Slice,
+};
+use serde_json::json;
+use std::{
+    fs,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+};
+use tempfile::TempDir;
+
+/// Tensors in flat order, as a rank's buckets hold them; `model/big` is longer than two chunks.
+pub const TENSORS: &[(&str, &[usize])] = &[
+    ("model/blocks.0.w", &[6, 7]),
+    ("model/big", &[1500, 1501]),
+    ("model/blocks.0.b", &[7]),
+    ("model/scale", &[]),
+    ("model/none", &[0, 4]),
+    ("ema/blocks.0.w", &[6, 7]),
+    ("adamw/exp_avg/blocks.0.w", &[6, 7]),
+    ("adamw/exp_avg_sq/blocks.0.w", &[6, 7]),
+];
+
+/// The same without the large tensor.
+pub fn small() -> Vec<(&'static str, &'static [usize])> {
+    TENSORS
+        .iter()
+        .copied()
+        .filter(|(name, _)| *name != "model/big")
+        .collect()
+}
+
+/// A value that no other element of any tensor has at any step.
+pub fn value(tensor: usize, element: usize, step: u64) -> f32 {
+    (tensor * 4_000_000 + element) as f32 * 0.5 + step as f32 * 1e-3
+}
+
+pub fn values(tensor: usize, shape: &[usize], step: u64) -> Vec<f32> {
+    (0..shape.iter().product())
+        .map(|element| value(tensor, element, step))
+        .collect()
+}
+
+/// A folder that goes away, opened as a run.
+pub struct FileRun {
+    _folder: TempDir,
+    pub path: PathBuf,
+    pub store: RunStore,
+}
+
+pub fn file_run() -> FileRun {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("runs/a run");
+    let store = RunStore::open(path.to_str().unwrap()).unwrap();
+    FileRun {
+        _folder: folder,
+        path,
+        store,
+    }
+}
+
+pub fn memory_run() -> RunStore {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    RunStore::open(&format!(
+        "memory:///run-{}",
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    ))
+    .unwrap()
+}
+
+pub fn claim(store: &RunStore, resumed_from: Option<u64>) -> u32 {
+    store
+        .claim_attempt(&AttemptInfo {
+            resumed_from,
+            world_size: 2,
+            ..AttemptInfo::default()
+        })
+        .unwrap()
+}
+
+/// The shard of `rank`: its equal part of all elements laid end to end, cut wherever that falls.
+pub fn write_rank(
+    store: &RunStore,
+    id: &ShardId,
+    tensors: &[(&str, &[usize])],
+) -> Result<ShardRecord, CheckpointError> {
+    let total: usize = tensors
+        .iter()
+        .map(|(_, shape)| shape.iter().product::<usize>())
+        .sum();
+    let own = share(total, id.rank, id.world_size);
+    let data: Vec<Vec<f32>> = tensors
+        .iter()
+        .enumerate()
+        .map(|(i, (_, shape))| values(i, shape, id.step))
+        .collect();
+    let mut slices = Vec::new();
+    let mut at = 0;
+    for ((name, shape), data) in tensors.iter().zip(&data) {
+        let start = own.start.clamp(at, at + data.len()) - at;
+        let end = own.end.clamp(at, at + data.len()) - at;
+        if !data.is_empty() || id.rank == 0 {
+            slices.push(Slice {
+                name,
+                shape,
+                start_numel: start,
+                data: &data[start..end],
+            });
+        }
+        at += data.len();
+    }
+    store.write_shard(id, &slices)
+}
+
+pub fn share(total: usize, rank: usize, world_size: usize) -> Range<usize> {
+    let each = total.div_ceil(world_size);
+    (rank * each).min(total)..((rank + 1) * each).min(total)
+}
+
+pub fn write_all(
+    store: &RunStore,
+    attempt: u32,
+    step: u64,
+    world_size: usize,
+    tensors: &[(&str, &[usize])],
+) -> Vec<ShardRecord> {
+    let write = |rank| {
+        write_rank(
+            store,
+            &ShardId {
+                attempt,
+                step,
+                rank,
+                world_size,
+            },
+            tensors,
+        )
+        .unwrap()
+    };
+    (0..world_size).map(write).collect()
+}
+
+pub fn content(attempt: u32, step: u64, shards: Vec<ShardRecord>) -> Commit {
+    let config = json!({"optimizer": {"lr": 1e-4}, "train": {"lanes": 8}});
+    Commit {
+        attempt,
+        step,
+        optimizer_step: step,
+        config,
+        decision_log: json!([{"step": 3, "skipped": true}]),
+        shards,
+    }
+}
+
+/// Writes and commits a checkpoint of the small tensors by two ranks.
+pub fn save(store: &RunStore, attempt: u32, step: u64) -> Manifest {
+    try_save(store, attempt, step).unwrap()
+}
+
+pub fn try_save(store: &RunStore, attempt: u32, step: u64) -> Result<Manifest, CheckpointError> {
+    let shards = (0..2).map(|rank| {
+        write_rank(
+            store,
+            &ShardId {
+                attempt,
+                step,
+                rank,
+                world_size: 2,
+            },
+            &small(),
+        )
+    });
+    store.commit(content(attempt, step, shards.collect::<Result<_, _>>()?))
+}
+
+/// The step of the newest valid checkpoint and the steps found damaged.
+pub fn newest(store: &RunStore) -> (Option<u64>, Vec<u64>) {
+    match store.newest_valid().unwrap() {
+        Some((manifest, damaged)) => (
+            Some(manifest.step),
+            damaged.iter().map(|d| d.step).collect(),
+        ),
+        None => (None, Vec::new()),
+    }
+}
+
+pub fn assert_holds(reader: &CheckpointReader, tensors: &[(&str, &[usize])], step: u64) {
+    for (i, (name, shape)) in tensors.iter().enumerate() {
+        assert_eq!(reader.shape(name), Some(*shape), "{name}");
+        assert_eq!(
+            reader.read_all_f32(name).unwrap(),
+            values(i, shape, step),
+            "{name}"
+        );
+    }
+}
+
+/// Every file below a folder, relative to it, sorted.
+pub fn files(root: &Path) -> Vec<String> {
+    fn walk(folder: &Path, root: &Path, out: &mut Vec<String>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => walk(&path, root, out),
+                false => out.push(
+                    path.strip_prefix(root)
+                        .unwrap()
+                        .to_str()
+                        .unwrap()
+                        .to_owned(),
+                ),
+            }
+        }
+    }
+    let mut out = Vec::new();
+    walk(root, root, &mut out);
+    out.sort();
+    out
+}

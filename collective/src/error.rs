@@ -1,0 +1,69 @@
+use std::time::Duration;
+
+/// What can go wrong in a collective operation.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectiveError {
+    /// The buffers of an operation do not fit together.
+    #[error("rank {rank}: {op}: {found}; expected {expected}")]
+    Size {
+        /// Who called.
+        rank: usize,
+        /// The operation.
+        op: &'static str,
+        /// What the call had.
+        found: String,
+        /// What it should have had.
+        expected: String,
+    },
+    /// The backend has no such operation for this element type.
+    #[error("rank {rank}: {op} of {dtype} is not supported by the {backend} backend")]
+    Unsupported {
+        /// Who called.
+        rank: usize,
+        /// The backend.
+        backend: &'static str,
+        /// The operation.
+        op: &'static str,
+        /// The element type.
+        dtype: &'static str,
+    },
+    /// Not all ranks took part in time. The buffer stays with the operation; the run cannot go on.
+    #[error(
+        "rank {rank}: {op} did not complete within {deadline:?}: another rank is stuck, dead or slower than \
+         `collective.timeout_s` allows; look for the last message of every rank"
+    )]
+    Deadline {
+        /// Who waited.
+        rank: usize,
+        /// The operation.
+        op: &'static str,
+        /// How long it waited.
+        deadline: Duration,
+    },
+    /// The backend failed.
+    #[error("rank {rank}: {op} failed: {reason}")]
+    Backend {
+        /// Who called.
+        rank: usize,
+        /// The operation.
+        op: &'static str,
+        /// What the backend said.
+        reason: String,
+    },
+    /// The backend could not be initialised.
+    #[error("{backend} cannot be initialised: {reason}")]
+    Init {
+        /// The backend.
+        backend: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// A region was taken back as another element type than it holds.
+    #[error("a region of {found} was read as {expected}")]
+    ElementType {
+        /// What it holds.
+        found: &'static str,
+        /// What was asked for.
+        expected: &'static str,
+    },
+}

@@ -1,0 +1,77 @@
+//! Events as plain lines for people.
+
+use crate::events::Event;
+use std::fmt::{Display, Formatter, Result};
+
+impl Display for Event {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        match self {
+            Event::Start { attempt, resumed_from, world_size, lanes, params, .. } => {
+                write!(f, "start: attempt {attempt}, ")?;
+                match resumed_from {
+                    Some(step) => write!(f, "resumed from step {step}")?,
+                    None => write!(f, "a fresh run")?,
+                }
+                write!(f, ", {lanes} lanes on {world_size} rank(s), {params} parameters")
+            }
+            Event::Step { step, steps, .. } => write!(f, "step {step}/{steps}  {}", self.rates()),
+            Event::Checkpoint { step, url, .. } => write!(f, "checkpoint: step {step} committed, {url}"),
+            Event::Sample { step, path, .. } => write!(f, "samples: step {step}, {path}"),
+            Event::Stop { step, reason, .. } => write!(f, "stop: at step {step}, {reason}"),
+            Event::Done { step, .. } => write!(f, "done: step {step}"),
+        }
+    }
+}
+
+impl Event {
+    /// Loss and rates of a [`Event::Step`]; empty for other events.
+    pub fn rates(&self) -> String {
+        let Event::Step { loss, images_per_s, data_wait_share, eta_s, .. } = self else { return String::new() };
+        let (wait, eta) = (100.0 * data_wait_share, duration(*eta_s));
+        format!("loss {loss:.4}  images/s {images_per_s:.0}  data-wait {wait:.1}%  eta {eta}")
+    }
+}
+
+fn duration(seconds: f64) -> String {
+    if !seconds.is_finite() || seconds < 0.0 {
+        return "?".to_owned();
+    }
+    let seconds = seconds.round() as u64;
+    match (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60, seconds % 60) {
+        (0, 0, 0, s) => format!("{s}s"),
+        (0, 0, m, s) => format!("{m}m{s:02}s"),
+        (0, h, m, _) => format!("{h}h{m:02}m"),
+        (d, h, _, _) => format!("{d}d{h:02}h"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_one_plain_line() {
+        let event = Event::Step {
+            step: 120,
+            steps: 1500,
+            epoch: 0,
+            loss: 0.21304,
+            mse: 0.2,
+            vb: None,
+            lr: 1e-3,
+            grad_norm: 1.5,
+            images_per_s: 431.4,
+            data_wait_share: 0.001,
+            eta_s: 190.2,
+            mfu: None,
+            time: 1.0,
+        };
+        assert_eq!(event.to_string(), "step 120/1500  loss 0.2130  images/s 431  data-wait 0.1%  eta 3m10s");
+    }
+
+    #[test]
+    fn times_are_short() {
+        let texts = [0.4, 59.6, 3600.0, 90_000.0, f64::NAN].map(duration);
+        assert_eq!(texts, ["0s", "1m00s", "1h00m", "1d01h", "?"]);
+    }
+}

@@ -1,0 +1,190 @@
+//! The JSON lines of a run: rank 0 appends them to `log.jsonl` in the run folder and, if the environment variable
+//! [`EVENTS_VARIABLE`] is `stdout`, prints them for the launcher.
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// Environment variable by which the launcher asks rank 0 for events on its stdout (value [`EVENTS_STDOUT`]).
+pub const EVENTS_VARIABLE: &str = "DITHAROS_EVENTS";
+/// See [`EVENTS_VARIABLE`].
+pub const EVENTS_STDOUT: &str = "stdout";
+
+/// One line. `time` is in seconds since the Unix epoch; a float that is not finite is written as `null`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The ranks are up and about to run the first step.
+    Start {
+        /// Number of this start of the run, from 1.
+        attempt: u32,
+        /// Step of the checkpoint that was continued; `None` for a fresh run.
+        resumed_from: Option<u64>,
+        /// Ranks.
+        world_size: usize,
+        /// Lanes of the experiment.
+        lanes: usize,
+        /// Step at which the run ends.
+        steps: u64,
+        /// Parameters of the model.
+        params: u64,
+        /// When.
+        time: f64,
+    },
+    /// Progress, every `log.every_steps` steps; rates are means since the last such line.
+    Step {
+        /// Optimizer steps done.
+        step: u64,
+        /// Step at which the run ends.
+        steps: u64,
+        /// Passes over the data set that are complete.
+        epoch: u64,
+        /// Mean loss over the lanes at this step.
+        #[serde(deserialize_with = "nan_if_null")]
+        loss: f64,
+        /// Its mean-squared-error term.
+        #[serde(deserialize_with = "nan_if_null")]
+        mse: f64,
+        /// Its variational-bound term, where the model learns the variance.
+        vb: Option<f64>,
+        /// Learning rate of this step.
+        lr: f64,
+        /// Euclidean norm of the gradient.
+        #[serde(deserialize_with = "nan_if_null")]
+        grad_norm: f64,
+        /// Samples per second, all ranks together.
+        #[serde(deserialize_with = "nan_if_null")]
+        images_per_s: f64,
+        /// Share of the wall time that rank 0 waited for data, 0 to 1.
+        #[serde(deserialize_with = "nan_if_null")]
+        data_wait_share: f64,
+        /// Seconds to the end at this rate.
+        #[serde(deserialize_with = "nan_if_null")]
+        eta_s: f64,
+        /// Model FLOP/s over the peak of the devices, where the peak is known.
+        mfu: Option<f64>,
+        /// When.
+        time: f64,
+    },
+    /// A checkpoint was committed.
+    Checkpoint {
+        /// Its step.
+        step: u64,
+        /// Its manifest, redacted.
+        url: String,
+        /// When.
+        time: f64,
+    },
+    /// A sample grid was written.
+    Sample {
+        /// Step of the weights.
+        step: u64,
+        /// The image, redacted.
+        path: String,
+        /// When.
+        time: f64,
+    },
+    /// The ranks agreed to stop early, and have saved.
+    Stop {
+        /// Step at which they stopped.
+        step: u64,
+        /// Why.
+        reason: String,
+        /// When.
+        time: f64,
+    },
+    /// The last step was reached and committed (also when the run was already complete at the start).
+    Done {
+        /// That step.
+        step: u64,
+        /// When.
+        time: f64,
+    },
+}
+
+impl Event {
+    /// The event as one line of JSON, without the line end.
+    pub fn to_line(&self) -> String {
+        // A struct of numbers, strings and options always serialises.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// Reads a line; `None` if it is something else than a known event.
+    pub fn parse(line: &str) -> Option<Event> {
+        let line = line.trim();
+        // Cheap test first: ranks print many lines that are no events.
+        if !line.starts_with('{') || !line.contains("\"event\"") {
+            return None;
+        }
+        serde_json::from_str(line).ok()
+    }
+}
+
+/// Seconds since the Unix epoch, for the `time` of an event.
+pub fn now() -> f64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
+}
+
+fn nan_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Option::<f64>::deserialize(deserializer).map(|number| number.unwrap_or(f64::NAN))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn step(loss: f64) -> Event {
+        Event::Step {
+            step: 120,
+            steps: 1500,
+            epoch: 0,
+            loss,
+            mse: 0.2,
+            vb: None,
+            lr: 1e-3,
+            grad_norm: 1.5,
+            images_per_s: 431.0,
+            data_wait_share: 0.001,
+            eta_s: 190.0,
+            mfu: None,
+            time: 1.0,
+        }
+    }
+
+    #[test]
+    fn lines_are_tagged_objects_that_read_back() {
+        let line = Event::Done { step: 7, time: 2.5 }.to_line();
+        assert_eq!(line, r#"{"event":"done","step":7,"time":2.5}"#);
+        assert_eq!(
+            Event::parse(&line),
+            Some(Event::Done { step: 7, time: 2.5 })
+        );
+        let event = step(0.213);
+        assert_eq!(Event::parse(&event.to_line()), Some(event));
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_survives_as_nan() {
+        let line = step(f64::INFINITY).to_line();
+        assert!(line.contains(r#""loss":null"#), "{line}");
+        let Some(Event::Step { loss, mse, .. }) = Event::parse(&line) else {
+            panic!("not read back: {line}")
+        };
+        assert!(loss.is_nan());
+        assert_eq!(mse, 0.2);
+    }
+
+    #[test]
+    fn other_lines_are_no_events() {
+        for line in [
+            "",
+            "loss 0.2",
+            "{\"step\":3}",
+            "{\"event\":\"new_kind\"}",
+            "{\"event\":\"done\"",
+        ] {
+            assert_eq!(Event::parse(line), None, "{line}");
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! The typed run config of Ditharos and the few facts that every other crate shares.
+//!
+//! A run is described by one TOML file. [`RunConfig::load`] reads it, applies `--set key=value` overrides, resolves
+//! locations and presets, and either returns a config in which every value has been checked or one [`ConfigError`]
+//! that lists *all* mistakes. This crate is the leaf of the workspace: it knows no tensors, no stores and no ranks.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`schema`] | the config as types, one struct per section |
+//! | [`presets`] | the twelve published DiT sizes |
+//! | [`location`] | paths and URLs: resolving, redaction |
+//! | [`lanes`] | which lanes a rank executes, which world sizes an experiment allows |
+//! | [`resume`] | which keys differ between two configs in a way that makes another experiment |
+//! | [`events`] | the JSON lines that a run writes |
+//! | [`exit`] | the exit codes of the programs |
+
+pub mod error;
+mod event_text;
+pub mod events;
+pub mod exit;
+pub mod lanes;
+mod load;
+pub mod location;
+mod overrides;
+pub mod presets;
+mod reader;
+pub mod resume;
+pub mod schema;
+
+pub use error::{ConfigError, Mistake};
+pub use resume::{KeyChange, changed_experiment_keys};
+pub use schema::{
+    CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, DataConfig, Decay, Device,
+    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig,
+    Reduction, RunConfig, RunLocation, SampleConfig, Sampler, Schedule, TrainConfig,
+};

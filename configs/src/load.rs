@@ -1,0 +1,440 @@
+//! From a TOML file and overrides to a checked [`RunConfig`], or to the list of all mistakes.
+
+use std::ops::Bound::{Excluded, Included, Unbounded};
+use std::path::{Path, PathBuf};
+
+use toml::Table;
+
+use crate::error::ConfigError;
+use crate::lanes::MAX_LANES;
+use crate::reader::Reader;
+use crate::schema::*;
+use crate::{location, overrides, presets};
+
+/// Upper end of integers without a natural one: TOML's integers are i64.
+const ANY: u64 = i64::MAX as u64;
+/// Upper end of counts that things are allocated by; a bound for typing errors, not for machines.
+const COUNT: u64 = 1 << 31;
+
+const POSITIVE: (std::ops::Bound<f64>, std::ops::Bound<f64>) = (Excluded(0.0), Unbounded);
+const BELOW_ONE: (std::ops::Bound<f64>, std::ops::Bound<f64>) = (Included(0.0), Excluded(1.0));
+
+impl RunConfig {
+    /// Reads `path`, applies `overrides` (each `key=value`) and checks everything.
+    ///
+    /// Relative paths, those of overrides included, are taken from the folder of the file, so that a config means the
+    /// same wherever it is used from.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, or has mistakes: all of them in one error.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<RunConfig, ConfigError> {
+        let read = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let text = std::fs::read_to_string(path).map_err(read)?;
+        let absolute = std::path::absolute(path).map_err(read)?;
+        let folder = absolute.parent().unwrap_or(Path::new("/"));
+        // Links in the folder's path are followed, as the operating system would for `..`; a link to the file itself is not.
+        let folder = folder.canonicalize().map_err(read)?;
+        parse(path, &text, &folder, overrides)
+    }
+}
+
+/// `path` is for messages only; `base` is the absolute folder for relative paths.
+fn parse(
+    path: &Path,
+    text: &str,
+    base: &Path,
+    overrides: &[String],
+) -> Result<RunConfig, ConfigError> {
+    let mut root: Table = toml::from_str(text).map_err(|error| {
+        let (line, column) = position(text, error.span().map_or(0, |span| span.start));
+        ConfigError::Syntax {
+            path: path.to_owned(),
+            line,
+            column,
+            message: error.message().to_owned(),
+        }
+    })?;
+    let mut mistakes = Vec::new();
+    let applied = overrides::apply(&mut root, overrides, &mut mistakes);
+    let mut reader = Reader::new(path.display().to_string(), &root, &applied, mistakes);
+    let config = read(&mut reader, base);
+    check(&mut reader, &config);
+    let mistakes = reader.finish();
+    if mistakes.is_empty() {
+        Ok(config)
+    } else {
+        Err(ConfigError::Invalid {
+            path: path.to_owned(),
+            mistakes,
+        })
+    }
+}
+
+fn position(text: &str, offset: usize) -> (usize, usize) {
+    let before = text.get(..offset).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |end| end + 1);
+    (
+        before.matches('\n').count() + 1,
+        before[line_start..].chars().count() + 1,
+    )
+}
+
+/// Every key by itself: type, range, default.
+fn read(r: &mut Reader, base: &Path) -> RunConfig {
+    RunConfig {
+        run: RunLocation {
+            url: required_url(r, "run.url", base, "set it to the folder or URL of the run"),
+        },
+        seed: r.integer("seed", 0..=ANY, 0),
+        reduction: r.choice(
+            "reduction",
+            &[
+                ("invariant", Reduction::Invariant),
+                ("fast", Reduction::Fast),
+            ],
+            Reduction::Invariant,
+        ),
+        data: read_data(r, base),
+        model: read_model(r),
+        diffusion: DiffusionConfig {
+            objective: r.choice(
+                "diffusion.objective",
+                &[("eps", Objective::Eps)],
+                Objective::Eps,
+            ),
+            schedule: r.choice(
+                "diffusion.schedule",
+                &[("linear", Schedule::Linear)],
+                Schedule::Linear,
+            ),
+            timesteps: r.integer("diffusion.timesteps", 21..=100_000, 1000) as usize,
+        },
+        optimizer: OptimizerConfig {
+            lr: r.float("optimizer.lr", POSITIVE, 1e-4),
+            betas: r.float_pair("optimizer.betas", BELOW_ONE, [0.9, 0.999]),
+            eps: r.float("optimizer.eps", POSITIVE, 1e-8),
+            weight_decay: r.float("optimizer.weight_decay", 0.0.., 0.0),
+            warmup_steps: r.integer("optimizer.warmup_steps", 0..=ANY, 0),
+            decay: r.choice(
+                "optimizer.decay",
+                &[
+                    ("constant", Decay::Constant),
+                    ("cosine", Decay::Cosine),
+                    ("linear", Decay::Linear),
+                ],
+                Decay::Constant,
+            ),
+            final_lr: r.float("optimizer.final_lr", 0.0.., 0.0),
+        },
+        ema: EmaConfig {
+            decay: r.float("ema.decay", BELOW_ONE, 0.9999),
+        },
+        train: TrainConfig {
+            steps: r.required_integer(
+                "train.steps",
+                1..=ANY,
+                "set it to the number of optimizer steps of the whole run",
+            ),
+            lanes: r.required_integer(
+                "train.lanes",
+                1..=MAX_LANES as u64,
+                "set it to a power of two; global batch = lanes × micro_batch",
+            ) as usize,
+            micro_batch: r.required_integer(
+                "train.micro_batch",
+                1..=COUNT,
+                "set it to the samples of one lane per step",
+            ) as usize,
+            threads_per_rank: r.integer("train.threads_per_rank", 1..=1024, 1) as usize,
+            device: r.choice(
+                "train.device",
+                &[
+                    ("auto", Device::Auto),
+                    ("cpu", Device::Cpu),
+                    ("cuda", Device::Cuda),
+                ],
+                Device::Auto,
+            ),
+        },
+        checkpoint: CheckpointConfig {
+            every_steps: r.integer("checkpoint.every_steps", 1..=ANY, 1000),
+            keep_last: r.integer("checkpoint.keep_last", 2..=COUNT, 3) as usize,
+            on_damaged: r.choice(
+                "checkpoint.on_damaged",
+                &[("fallback", OnDamaged::Fallback), ("fail", OnDamaged::Fail)],
+                OnDamaged::Fallback,
+            ),
+        },
+        sample: SampleConfig {
+            every_steps: r.integer("sample.every_steps", 0..=ANY, 0),
+            num: r.integer("sample.num", 1..=COUNT, 40) as usize,
+            sampler: r.choice(
+                "sample.sampler",
+                &[("ddim", Sampler::Ddim), ("ddpm", Sampler::Ddpm)],
+                Sampler::Ddim,
+            ),
+            steps: r.integer("sample.steps", 1..=100_000, 50) as usize,
+            cfg_scale: r.float("sample.cfg_scale", 0.0.., 1.5),
+            batch: r.integer("sample.batch", 1..=COUNT, 10) as usize,
+            vae: read_folder(r, "sample.vae", base),
+            seed: r.integer("sample.seed", 0..=ANY, 0),
+        },
+        log: LogConfig {
+            every_steps: r.integer("log.every_steps", 1..=ANY, 10),
+            tensorboard: r.boolean("log.tensorboard", true),
+        },
+        collective: CollectiveConfig {
+            timeout_s: r.integer("collective.timeout_s", 1..=604_800, 600),
+        },
+        cluster: ClusterConfig {
+            nodes: r.integer("cluster.nodes", 1..=MAX_LANES as u64, 1) as usize,
+            procs_per_node: r
+                .optional_integer("cluster.procs_per_node", 1..=MAX_LANES as u64)
+                .map(|procs| procs as usize),
+        },
+    }
+}
+
+fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
+    let names = Columns::default();
+    DataConfig {
+        url: required_url(
+            r,
+            "data.url",
+            base,
+            "set it to a parquet file or a folder of them",
+        ),
+        range_rows: r.integer("data.range_rows", 1..=COUNT, 256),
+        shuffle_window_rows: r.integer("data.shuffle_window_rows", 1..=COUNT, 4096),
+        prefetch_bytes: r.integer("data.prefetch_bytes", 1..=ANY, 64 << 20),
+        columns: Columns {
+            latent: r.text("data.columns.latent", &names.latent),
+            latent_mean: r.text("data.columns.latent_mean", &names.latent_mean),
+            latent_logvar: r.text("data.columns.latent_logvar", &names.latent_logvar),
+            latent_flipped: r.text("data.columns.latent_flipped", &names.latent_flipped),
+            label: r.text("data.columns.label", &names.label),
+            id: r.text("data.columns.id", &names.id),
+        },
+        flip: r.boolean("data.flip", false),
+        scaling_factor: r.optional_float("data.scaling_factor", POSITIVE),
+    }
+}
+
+fn read_model(r: &mut Reader) -> ModelConfig {
+    let preset = read_preset(r);
+    let mut dimension = |key, of: fn(&presets::Preset) -> usize| match &preset {
+        Some(preset) => r.integer(key, 1..=COUNT, of(preset) as u64) as usize,
+        // A preset that is given but wrong is one mistake, not five.
+        None if r.given("model.preset") => r.integer(key, 1..=COUNT, 1) as usize,
+        None => r.required_integer(
+            key,
+            1..=COUNT,
+            "set it, or choose a model.preset such as \"DiT-S/2\"",
+        ) as usize,
+    };
+    ModelConfig {
+        hidden_size: dimension("model.hidden_size", |preset| preset.hidden_size),
+        depth: dimension("model.depth", |preset| preset.depth),
+        num_heads: dimension("model.num_heads", |preset| preset.num_heads),
+        patch_size: dimension("model.patch_size", |preset| preset.patch_size),
+        preset: preset.map(|preset| preset.name.to_owned()),
+        mlp_ratio: r.float("model.mlp_ratio", POSITIVE, 4.0),
+        class_dropout_prob: r.float("model.class_dropout_prob", 0.0..=1.0, 0.1),
+        learn_sigma: r.boolean("model.learn_sigma", true),
+        num_classes: r
+            .optional_integer("model.num_classes", 1..=COUNT)
+            .map(|count| count as usize),
+        input_size: r
+            .optional_integer("model.input_size", 1..=65_536)
+            .map(|side| side as usize),
+        in_channels: r
+            .optional_integer("model.in_channels", 1..=65_536)
+            .map(|count| count as usize),
+    }
+}
+
+fn read_preset(r: &mut Reader) -> Option<presets::Preset> {
+    let name = r.optional_text("model.preset")?;
+    let preset = presets::by_name(&name);
+    if preset.is_none() {
+        let names: Vec<&str> = presets::ALL.iter().map(|preset| preset.name).collect();
+        r.refuse(
+            "model.preset",
+            "is not a known preset",
+            format!("use one of {}", names.join(", ")),
+        );
+    }
+    preset
+}
+
+fn required_url(r: &mut Reader, key: &'static str, base: &Path, advice: &str) -> String {
+    r.require(key, advice);
+    let text = r.optional_text(key).unwrap_or_default();
+    if let Some(problem) = location::defect(&text).filter(|_| r.given(key) && r.sound(&[key])) {
+        r.refuse(
+            key,
+            problem,
+            "give a path, or a URL such as s3://bucket/folder",
+        );
+    }
+    location::resolve(base, &text)
+}
+
+fn read_folder(r: &mut Reader, key: &'static str, base: &Path) -> Option<PathBuf> {
+    let text = r.optional_text(key)?;
+    let folder = match location::defect(&text) {
+        None => location::local_path(&location::resolve(base, &text)),
+        Some(_) => None,
+    };
+    if folder.is_none() {
+        r.refuse(
+            key,
+            "is not a folder on this machine",
+            "give the path of a local folder",
+        );
+    }
+    folder
+}
+
+/// Keys against each other. A key that already has a mistake is left out of it.
+fn check(r: &mut Reader, c: &RunConfig) {
+    if c.reduction == Reduction::Fast {
+        r.refuse("reduction", "is not built yet", "use \"invariant\"");
+    }
+    check_model(r, &c.model);
+    if r.sound(&["train.lanes"]) && !c.train.lanes.is_power_of_two() {
+        let above = c.train.lanes.next_power_of_two();
+        let batches = if r.sound(&["train.micro_batch"]) {
+            format!(
+                " (global batch {} or {})",
+                above / 2 * c.train.micro_batch,
+                above * c.train.micro_batch
+            )
+        } else {
+            String::new()
+        };
+        r.refuse(
+            "train.lanes",
+            "is not a power of two",
+            format!("use {} or {above}{batches}", above / 2),
+        );
+    }
+    if c.optimizer.decay != Decay::Constant
+        && r.sound(&["optimizer.warmup_steps", "train.steps"])
+        && c.optimizer.warmup_steps >= c.train.steps
+    {
+        let steps = c.train.steps;
+        r.refuse(
+            "optimizer.warmup_steps",
+            format!("leaves no step for the decay, because train.steps = {steps}"),
+            format!("use at most {}", steps - 1),
+        );
+    }
+    check_sampling(r, c);
+}
+
+fn check_model(r: &mut Reader, model: &ModelConfig) {
+    let ModelConfig {
+        hidden_size,
+        num_heads,
+        patch_size,
+        ..
+    } = *model;
+    let sized = r.sound(&["model.hidden_size", "model.preset"]);
+    if sized && hidden_size % 4 != 0 {
+        let near = hidden_size.next_multiple_of(4);
+        r.refuse(
+            "model.hidden_size",
+            format!(
+                "{} not a multiple of 4, which the two-dimensional sine-cosine positions need",
+                is(r, "model.hidden_size", hidden_size)
+            ),
+            format!("use {near}"),
+        );
+    } else if sized && r.sound(&["model.num_heads"]) && hidden_size % num_heads != 0 {
+        let fitting: Vec<String> = (1..=hidden_size)
+            .filter(|heads| hidden_size % heads == 0)
+            .take(12)
+            .map(|heads| heads.to_string())
+            .collect();
+        // At whichever of the two was written down.
+        let key = if r.given("model.num_heads") {
+            "model.num_heads"
+        } else {
+            "model.hidden_size"
+        };
+        r.refuse(
+            key,
+            format!(
+                "does not fit: hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"
+            ),
+            format!(
+                "use a num_heads that divides {hidden_size}, such as {}",
+                fitting.join(", ")
+            ),
+        );
+    }
+    if let Some(input_size) = model.input_size
+        && r.sound(&["model.input_size", "model.patch_size", "model.preset"])
+        && input_size % patch_size != 0
+    {
+        r.refuse(
+            "model.input_size",
+            format!("is not a multiple of patch_size {patch_size}"),
+            format!(
+                "use {}, or another patch_size",
+                input_size.next_multiple_of(patch_size)
+            ),
+        );
+    }
+}
+
+/// "is", or where the value is not written in the file (it comes from a preset) "(here 1152) is".
+fn is(r: &Reader, key: &str, value: usize) -> String {
+    if r.given(key) {
+        "is".to_owned()
+    } else {
+        format!("(here {value}) is")
+    }
+}
+
+fn check_sampling(r: &mut Reader, c: &RunConfig) {
+    if r.sound(&["sample.steps", "diffusion.timesteps"]) && c.sample.steps > c.diffusion.timesteps {
+        let timesteps = c.diffusion.timesteps;
+        r.refuse(
+            "sample.steps",
+            format!("is more than diffusion.timesteps = {timesteps}"),
+            format!("use at most {timesteps}"),
+        );
+    }
+    if c.sample.every_steps == 0 {
+        return;
+    }
+    if r.sound(&["sample.vae"]) && c.sample.vae.is_none() {
+        r.refuse(
+            "sample.every_steps",
+            "asks for sample images, but there is no sample.vae to decode them",
+            "set sample.vae to an AutoencoderKL folder, or sample.every_steps to 0",
+        );
+    }
+    if r.sound(&["sample.cfg_scale", "model.class_dropout_prob"])
+        && c.sample.cfg_scale != 1.0
+        && c.model.class_dropout_prob == 0.0
+    {
+        r.refuse(
+            "model.class_dropout_prob",
+            format!(
+                "leaves no null class, which guidance with sample.cfg_scale = {} needs",
+                c.sample.cfg_scale
+            ),
+            "use a probability above 0 (the paper: 0.1), or sample.cfg_scale = 1",
+        );
+    }
+}
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;

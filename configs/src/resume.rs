@@ -1,0 +1,207 @@
+//! May a run be continued with this config? Which keys differ in a way that would make it another experiment.
+
+use serde_json::Value;
+
+/// One key whose value differs between the run and the config it is to be continued with.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KeyChange {
+    /// Dotted key, e.g. `optimizer.lr`.
+    pub key: String,
+    /// Value in the run; `Null` if it had none.
+    pub old: Value,
+    /// Value asked for now; `Null` if there is none.
+    pub new: Value,
+}
+
+impl std::fmt::Display for KeyChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "`{}` was {} and is now {}", self.key, self.old, self.new)
+    }
+}
+
+/// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on and
+/// what is reported, not what is computed. The preset is only a name for dimensions, which are compared themselves.
+const FREE: [&str; 10] = [
+    "run.",
+    "data.url",
+    "data.prefetch_bytes",
+    "model.preset",
+    "train.device",
+    "checkpoint.",
+    "sample.",
+    "log.",
+    "collective.",
+    "cluster.",
+];
+
+/// Differences between the configs of two starts (as given by `RunConfig::to_json`) that make another experiment,
+/// in the order of their keys. `train.steps` counts only where the learning rate depends on it.
+///
+/// Values that the trainer takes from the data set (`model.num_classes` …) are compared as they stand: fill them in
+/// before a config is recorded, so that "as the data set says" and the same number written out are equal.
+pub fn changed_experiment_keys(old: &Value, new: &Value) -> Vec<KeyChange> {
+    let decays = [old, new].iter().any(|config| {
+        config
+            .pointer("/optimizer/decay")
+            .and_then(Value::as_str)
+            .is_some_and(|decay| decay != "constant")
+    });
+    let free = |key: &str| {
+        (key == "train.steps" && !decays)
+            || FREE
+                .iter()
+                .any(|free| key == *free || (free.ends_with('.') && key.starts_with(free)))
+    };
+    let mut changes = Vec::new();
+    compare("", old, new, &mut changes);
+    changes.retain(|change| !free(&change.key));
+    changes
+}
+
+fn compare(key: &str, old: &Value, new: &Value, changes: &mut Vec<KeyChange>) {
+    let (Some(old_keys), Some(new_keys)) = (as_section(old), as_section(new)) else {
+        if !same(old, new) {
+            changes.push(KeyChange {
+                key: key.to_owned(),
+                old: old.clone(),
+                new: new.clone(),
+            });
+        }
+        return;
+    };
+    let names: std::collections::BTreeSet<&String> = old_keys.chain(new_keys).collect();
+    for name in names {
+        let child = if key.is_empty() {
+            name.clone()
+        } else {
+            format!("{key}.{name}")
+        };
+        compare(&child, &old[name.as_str()], &new[name.as_str()], changes);
+    }
+}
+
+/// The keys of a section; `None` if the value is not one.
+fn as_section(value: &Value) -> Option<Box<dyn Iterator<Item = &String> + '_>> {
+    match value {
+        Value::Object(map) => Some(Box::new(map.keys())),
+        _ => None,
+    }
+}
+
+/// Equal up to what a trip through JSON text may change: an integral float may come back as an integer, and the last
+/// bit of a float may differ.
+fn same(old: &Value, new: &Value) -> bool {
+    match (old, new) {
+        (Value::Number(a), Value::Number(b)) if a.is_f64() || b.is_f64() => {
+            match (a.as_f64(), b.as_f64()) {
+                (Some(a), Some(b)) => (a - b).abs() <= 4.0 * f64::EPSILON * a.abs().max(b.abs()),
+                _ => false,
+            }
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b))
+        }
+        _ => old == new,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn config() -> Value {
+        json!({
+            "seed": 9007199254740993u64,
+            "run": {"url": "file:///a"},
+            "data": {"url": "file:///d", "range_rows": 256, "columns": {"id": "id"}},
+            "model": {"preset": "DiT-S/2", "depth": 12, "num_classes": null},
+            "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "decay": "constant"},
+            "train": {"steps": 100, "lanes": 4},
+            "sample": {"every_steps": 0}, "log": {"every_steps": 10},
+            "cluster": {"nodes": 1},
+        })
+    }
+
+    fn changed(pointer: &str, value: Value) -> Vec<String> {
+        let mut new = config();
+        if let Some(slot) = new.pointer_mut(pointer) {
+            *slot = value;
+        }
+        changed_experiment_keys(&config(), &new)
+            .into_iter()
+            .map(|change| change.key)
+            .collect()
+    }
+
+    #[test]
+    fn place_length_and_reporting_may_change() {
+        for pointer in [
+            "/run/url",
+            "/data/url",
+            "/sample/every_steps",
+            "/log/every_steps",
+            "/cluster/nodes",
+        ] {
+            assert_eq!(changed(pointer, json!(7)), [""; 0], "{pointer}");
+        }
+        assert_eq!(changed("/train/steps", json!(7)), [""; 0]);
+        assert_eq!(changed("/model/preset", json!(null)), [""; 0]);
+        assert_eq!(
+            changed("/optimizer/lr", json!(0.00010000000000000002)),
+            [""; 0]
+        );
+    }
+
+    #[test]
+    fn everything_else_is_named() {
+        assert_eq!(changed("/optimizer/lr", json!(2e-4)), ["optimizer.lr"]);
+        assert_eq!(
+            changed("/optimizer/betas", json!([0.9, 0.99])),
+            ["optimizer.betas"]
+        );
+        assert_eq!(
+            changed("/data/columns/id", json!("key")),
+            ["data.columns.id"]
+        );
+        assert_eq!(
+            changed("/model/num_classes", json!(10)),
+            ["model.num_classes"]
+        );
+        // Neighbours that one and the same float would stand for.
+        assert_eq!(changed("/seed", json!(9007199254740992u64)), ["seed"]);
+    }
+
+    #[test]
+    fn steps_count_when_the_learning_rate_depends_on_them() {
+        let mut old = config();
+        old["optimizer"]["decay"] = json!("cosine");
+        let mut new = old.clone();
+        new["train"]["steps"] = json!(200);
+        let changes = changed_experiment_keys(&old, &new);
+        assert_eq!(
+            changes,
+            [KeyChange {
+                key: "train.steps".into(),
+                old: json!(100),
+                new: json!(200)
+            }]
+        );
+        assert_eq!(
+            changes[0].to_string(),
+            "`train.steps` was 100 and is now 200"
+        );
+    }
+
+    #[test]
+    fn keys_that_only_one_side_has_are_named() {
+        let mut new = config();
+        new["train"]["extra"] = json!(1);
+        new["ema"] = json!({"decay": 0.9});
+        let keys: Vec<String> = changed_experiment_keys(&config(), &new)
+            .into_iter()
+            .map(|c| c.key)
+            .collect();
+        assert_eq!(keys, ["ema", "train.extra"]);
+    }
+}

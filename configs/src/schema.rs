@@ -1,0 +1,319 @@
+//! The config as types: one struct per section, field names are the TOML keys.
+//!
+//! Values of these types have been checked by [`RunConfig::load`]; ranges are given with each field.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// Everything that a run needs to know.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunConfig {
+    /// Where the run lives.
+    pub run: RunLocation,
+    /// Seed of every random draw of the run. 0 to i64::MAX.
+    pub seed: u64,
+    /// How partial gradient sums of lanes are combined.
+    pub reduction: Reduction,
+    /// Where samples come from and how they are dealt to the lanes.
+    pub data: DataConfig,
+    /// The model's dimensions.
+    pub model: ModelConfig,
+    /// The diffusion process and the training objective.
+    pub diffusion: DiffusionConfig,
+    /// AdamW and its learning-rate schedule.
+    pub optimizer: OptimizerConfig,
+    /// The moving average of the weights.
+    pub ema: EmaConfig,
+    /// Length and batch geometry of the run.
+    pub train: TrainConfig,
+    /// When checkpoints are written and how many are kept.
+    pub checkpoint: CheckpointConfig,
+    /// Sample grids during training, and defaults of `trainer sample`.
+    pub sample: SampleConfig,
+    /// Logging.
+    pub log: LogConfig,
+    /// Communication between ranks.
+    pub collective: CollectiveConfig,
+    /// Where the ranks run.
+    pub cluster: ClusterConfig,
+}
+
+/// `[run]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunLocation {
+    /// Absolute URL of the run folder; required. May hold credentials: show it through [`crate::location::redact`].
+    pub url: String,
+}
+
+/// `reduction`: how the partial gradient sums of lanes are combined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// Along the canonical tree: the same bits on any number of ranks.
+    Invariant,
+    /// In whatever order is fastest. Refused by [`RunConfig::load`] until it is built.
+    Fast,
+}
+
+/// `[data]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DataConfig {
+    /// Absolute URL of a parquet file or a folder of them; required. May hold credentials.
+    pub url: String,
+    /// Longest run of consecutive rows that is dealt to a lane as one piece; longer row groups are cut. At least 1.
+    pub range_rows: u64,
+    /// Rows of a lane that are shuffled among each other. At least 1.
+    pub shuffle_window_rows: u64,
+    /// Bound of the read-ahead buffer of one rank, in bytes. At least 1; one micro-batch is always held.
+    pub prefetch_bytes: u64,
+    /// Names of the columns in the parquet files.
+    pub columns: Columns,
+    /// Use the mirrored latents with probability one half.
+    pub flip: bool,
+    /// Factor that stored latents are multiplied with; must equal the data set's metadata if that has one. Above 0.
+    pub scaling_factor: Option<f64>,
+}
+
+/// `[data.columns]`: names of the parquet columns.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Columns {
+    /// Latents that are used as they are.
+    pub latent: String,
+    /// Posterior means, where a posterior is stored instead.
+    pub latent_mean: String,
+    /// Posterior log-variances.
+    pub latent_logvar: String,
+    /// Mirrored latents, or with `_mean` and `_logvar` appended the mirrored posterior.
+    pub latent_flipped: String,
+    /// Class labels.
+    pub label: String,
+    /// Identity of the sample.
+    pub id: String,
+}
+
+impl Default for Columns {
+    fn default() -> Self {
+        Columns {
+            latent: "latent".to_owned(),
+            latent_mean: "latent_mean".to_owned(),
+            latent_logvar: "latent_logvar".to_owned(),
+            latent_flipped: "latent_flipped".to_owned(),
+            label: "label".to_owned(),
+            id: "id".to_owned(),
+        }
+    }
+}
+
+/// `[model]`: dimensions, with the preset already applied.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ModelConfig {
+    /// Name of the preset that the dimensions were taken from, for display; explicit dimensions win over it.
+    pub preset: Option<String>,
+    /// Width of a token; a multiple of 4 and of `num_heads`.
+    pub hidden_size: usize,
+    /// Number of blocks, at least 1.
+    pub depth: usize,
+    /// Attention heads per block, at least 1.
+    pub num_heads: usize,
+    /// Side of a square patch in latent pixels, at least 1; divides `input_size`.
+    pub patch_size: usize,
+    /// Hidden width of a block's MLP over `hidden_size`. Above 0.
+    pub mlp_ratio: f64,
+    /// Probability that a label is replaced by the null class in training. 0 to 1; 0 means that there is no null class.
+    pub class_dropout_prob: f64,
+    /// The model also predicts the variance (twice the output channels).
+    pub learn_sigma: bool,
+    /// Number of classes; `None`: as the data set's metadata says.
+    pub num_classes: Option<usize>,
+    /// Side of the square latent; `None`: as the data set's metadata says.
+    pub input_size: Option<usize>,
+    /// Channels of the latent; `None`: as the data set's metadata says.
+    pub in_channels: Option<usize>,
+}
+
+/// `diffusion.objective`: what the model predicts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Objective {
+    /// The noise (with the learnt variance if `model.learn_sigma`).
+    Eps,
+}
+
+/// `diffusion.schedule`: how beta grows with the timestep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// From 0.1 / timesteps to 20 / timesteps in equal steps.
+    Linear,
+}
+
+/// `[diffusion]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DiffusionConfig {
+    /// What the model predicts.
+    pub objective: Objective,
+    /// How beta grows.
+    pub schedule: Schedule,
+    /// Number of diffusion steps, 21 to 100000 (with 20 or fewer the last beta would reach 1).
+    pub timesteps: usize,
+}
+
+/// `optimizer.decay`: the learning rate after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// `lr` for ever.
+    Constant,
+    /// Half a cosine from `lr` to `final_lr` at `train.steps`.
+    Cosine,
+    /// A straight line from `lr` to `final_lr` at `train.steps`.
+    Linear,
+}
+
+/// `[optimizer]`: AdamW.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OptimizerConfig {
+    /// Learning rate after the warm-up. Above 0.
+    pub lr: f64,
+    /// Decay rates of the two moments, each in [0, 1).
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment. Above 0.
+    pub eps: f64,
+    /// Decoupled weight decay. At least 0.
+    pub weight_decay: f64,
+    /// Steps over which the learning rate rises linearly to `lr`; below `train.steps` if a decay follows.
+    pub warmup_steps: u64,
+    /// The learning rate after the warm-up.
+    pub decay: Decay,
+    /// Learning rate at `train.steps` when `decay` is not constant. At least 0.
+    pub final_lr: f64,
+}
+
+/// `[ema]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EmaConfig {
+    /// Weight of the old average at each step, in [0, 1).
+    pub decay: f64,
+}
+
+/// `train.device`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// CUDA where the machine has it, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// CUDA; an error where there is none.
+    Cuda,
+}
+
+/// `[train]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TrainConfig {
+    /// Optimizer steps of the whole run; required, at least 1.
+    pub steps: u64,
+    /// Logical data-parallel workers; required, a power of two up to [`crate::lanes::MAX_LANES`].
+    pub lanes: usize,
+    /// Samples that a lane processes per step; required, at least 1.
+    pub micro_batch: usize,
+    /// CPU threads of each rank; part of the experiment, because sums depend on it. At least 1.
+    pub threads_per_rank: usize,
+    /// Where a rank computes.
+    pub device: Device,
+}
+
+/// `checkpoint.on_damaged`: what a resume does when the newest checkpoint fails its verification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDamaged {
+    /// Take the newest valid one and say which were damaged.
+    Fallback,
+    /// Stop.
+    Fail,
+}
+
+/// `[checkpoint]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CheckpointConfig {
+    /// Steps between checkpoints, at least 1; one more is written at the end and on a stop request.
+    pub every_steps: u64,
+    /// Committed checkpoints that are kept, at least 2.
+    pub keep_last: usize,
+    /// What a resume does when the newest checkpoint is damaged.
+    pub on_damaged: OnDamaged,
+}
+
+/// `sample.sampler`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sampler {
+    /// Deterministic, few steps.
+    Ddim,
+    /// Ancestral, respaced.
+    Ddpm,
+}
+
+/// `[sample]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SampleConfig {
+    /// Steps between sample grids during training; 0 = never. Needs `vae`.
+    pub every_steps: u64,
+    /// Images in a grid, at least 1.
+    pub num: usize,
+    /// Which sampler.
+    pub sampler: Sampler,
+    /// Sampling steps, 1 to `diffusion.timesteps`.
+    pub steps: usize,
+    /// Classifier-free guidance scale, at least 0; 1 = no guidance. Other scales need `model.class_dropout_prob` above 0.
+    pub cfg_scale: f64,
+    /// Images that are drawn at once, at least 1.
+    pub batch: usize,
+    /// Absolute path of an AutoencoderKL folder in the diffusers layout.
+    pub vae: Option<PathBuf>,
+    /// Seed of the fixed noise of the grids.
+    pub seed: u64,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LogConfig {
+    /// Steps between log lines, at least 1.
+    pub every_steps: u64,
+    /// Write TensorBoard event files.
+    pub tensorboard: bool,
+}
+
+/// `[collective]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CollectiveConfig {
+    /// Seconds after which a rank gives up waiting for the others, 1 to 604800.
+    pub timeout_s: u64,
+}
+
+/// `[cluster]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ClusterConfig {
+    /// Machines, at least 1.
+    pub nodes: usize,
+    /// Ranks per machine; `None`: the launcher decides.
+    pub procs_per_node: Option<usize>,
+}
+
+impl RunConfig {
+    /// Samples per optimizer step.
+    pub fn global_batch(&self) -> usize {
+        self.train.lanes * self.train.micro_batch
+    }
+
+    /// The config nested by section, as it goes into manifests. URLs are redacted: no secret is in it.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut shown = self.clone();
+        shown.run.url = crate::location::redact(&self.run.url);
+        shown.data.url = crate::location::redact(&self.data.url);
+        // Serialising to a Value fails only for maps with non-string keys and a path that is not UTF-8; the config
+        // has no map, and `load` takes `sample.vae` from a TOML string.
+        serde_json::to_value(&shown).unwrap_or(serde_json::Value::Null)
+    }
+}

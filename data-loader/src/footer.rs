@@ -1,0 +1,180 @@
+//! Footers: what one file says about itself, and what a data set's files must agree on.
+
+use std::collections::BTreeMap;
+
+use arrow::datatypes::DataType;
+use futures::FutureExt;
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+use parquet::file::metadata::PageIndexPolicy;
+
+use crate::columns::Columns;
+use crate::form::{Dtype, Form, READABLE, shape_numel};
+use crate::source::{ObjectReader, SourceFile};
+use crate::DataError;
+
+pub(crate) const SHAPE: &str = "ditharos.latent_shape";
+pub(crate) const SCALING_FACTOR: &str = "ditharos.scaling_factor";
+pub(crate) const NUM_CLASSES: &str = "ditharos.num_classes";
+pub(crate) const VAE_DIGEST: &str = "ditharos.vae_digest";
+/// Number type of latents in binary columns; without it, two bytes a number are f16 and four are f32.
+pub(crate) const DTYPE: &str = "ditharos.latent_dtype";
+const KEYS: [&str; 5] = [SHAPE, SCALING_FACTOR, NUM_CLASSES, VAE_DIGEST, DTYPE];
+
+/// The footer of one file.
+pub(crate) struct Footer {
+    pub file: SourceFile,
+    pub metadata: ArrowReaderMetadata,
+    /// The `ditharos.*` keys.
+    pub keys: BTreeMap<&'static str, String>,
+    /// The latent columns, in the order of [`crate::decode::RowBlock`]: value or mean, log-variance, then the mirrored ones.
+    pub latents: Vec<(String, Form)>,
+    pub moments: bool,
+    pub flipped: bool,
+}
+
+impl Footer {
+    /// Reads and checks the footer of a file.
+    pub async fn read(file: SourceFile, columns: &Columns) -> Result<Self, DataError> {
+        let damaged = |reason: String| DataError::Damaged { file: file.name.clone(), file_bytes: file.file_bytes, reason };
+        let mut reader = ObjectReader(file.clone());
+        // Offset indexes let a row range fetch only its own pages; files without them are read by whole column chunks.
+        let options = ArrowReaderOptions::new().with_offset_index_policy(PageIndexPolicy::Optional);
+        let metadata = std::panic::AssertUnwindSafe(ArrowReaderMetadata::load_async(&mut reader, options))
+            .catch_unwind()
+            .await
+            .map_err(|payload| DataError::panicked(&file.name, &*payload))?
+            .map_err(|error| damaged(error.to_string()))?;
+        for (index, group) in metadata.metadata().row_groups().iter().enumerate() {
+            if group.num_rows() < 0 {
+                return Err(damaged(format!("row group {index} claims {} rows", group.num_rows())));
+            }
+            for column in group.columns() {
+                let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
+                let end = start.checked_add(column.compressed_size());
+                if start < 0 || column.compressed_size() < 0 || end.is_none_or(|end| end as u64 > file.file_bytes) {
+                    return Err(damaged(format!("column {} of row group {index} lies outside of the file", column.column_path())));
+                }
+            }
+        }
+        let keys = keys(&metadata);
+        let (latents, moments, flipped) = latent_columns(&file.name, &metadata, columns)?;
+        check_label(&file.name, &metadata, &columns.label)?;
+        Ok(Self { file, metadata, keys, latents, moments, flipped })
+    }
+
+    /// Checks that this file can stand in one data set with the `first` one.
+    pub fn agrees_with(&self, first: &Footer) -> Result<(), DataError> {
+        let differs = |key: String, found: String, expected: String| {
+            Err(DataError::Disagreement { file: self.file.name.clone(), key, found, first_file: first.file.name.clone(), expected })
+        };
+        let names = |footer: &Footer| footer.latents.iter().map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        if names(self) != names(first) {
+            return differs("the set of latent columns".into(), names(self), names(first));
+        }
+        for ((name, form), (_, expected)) in self.latents.iter().zip(&first.latents) {
+            if form != expected {
+                return differs(format!("column `{name}`"), form.to_string(), expected.to_string());
+            }
+        }
+        for key in KEYS {
+            let value = |footer: &Footer| footer.keys.get(key).map_or("absent".to_owned(), |value| format!("`{value}`"));
+            if self.keys.get(key) != first.keys.get(key) {
+                return differs(format!("metadata key `{key}`"), value(self), value(first));
+            }
+        }
+        Ok(())
+    }
+
+    fn bad_key(&self, key: &str, expected: &str) -> DataError {
+        let found = self.keys.get(key).map_or("", String::as_str);
+        DataError::Metadata { file: self.file.name.clone(), key: key.into(), reason: format!("found `{found}`; expected {expected}") }
+    }
+
+    /// `ditharos.latent_shape`, if given.
+    pub fn shape(&self) -> Result<Option<Vec<usize>>, DataError> {
+        let Some(text) = self.keys.get(SHAPE) else { return Ok(None) };
+        serde_json::from_str::<Vec<usize>>(text)
+            .ok()
+            .filter(|shape| shape_numel(shape).is_some())
+            .map(Some)
+            .ok_or_else(|| self.bad_key(SHAPE, "a JSON array of positive numbers such as [4,32,32], at most 2^28 in all"))
+    }
+
+    /// `ditharos.latent_dtype`, if given.
+    pub fn dtype(&self) -> Result<Option<Dtype>, DataError> {
+        let Some(text) = self.keys.get(DTYPE) else { return Ok(None) };
+        Dtype::parse(text.trim_matches('"')).map(Some).ok_or_else(|| self.bad_key(DTYPE, "f16, bf16 or f32"))
+    }
+
+    /// `ditharos.scaling_factor`, if given.
+    pub fn scaling_factor(&self) -> Result<Option<f64>, DataError> {
+        let Some(text) = self.keys.get(SCALING_FACTOR) else { return Ok(None) };
+        let factor = text.trim().parse::<f64>().ok().filter(|factor| factor.is_finite() && *factor > 0.0);
+        factor.map(Some).ok_or_else(|| self.bad_key(SCALING_FACTOR, "a positive number"))
+    }
+
+    /// `ditharos.num_classes`, if given.
+    pub fn num_classes(&self) -> Result<Option<usize>, DataError> {
+        let Some(text) = self.keys.get(NUM_CLASSES) else { return Ok(None) };
+        let classes = text.trim().parse::<usize>().ok().filter(|classes| *classes > 0);
+        classes.map(Some).ok_or_else(|| self.bad_key(NUM_CLASSES, "a positive whole number"))
+    }
+}
+
+fn keys(metadata: &ArrowReaderMetadata) -> BTreeMap<&'static str, String> {
+    let mut found = BTreeMap::new();
+    for pair in metadata.metadata().file_metadata().key_value_metadata().into_iter().flatten() {
+        if let (Some(key), Some(value)) = (KEYS.iter().find(|key| **key == pair.key), &pair.value) {
+            found.insert(*key, value.clone());
+        }
+    }
+    found
+}
+
+type LatentColumns = (Vec<(String, Form)>, bool, bool);
+
+fn latent_columns(file: &str, metadata: &ArrowReaderMetadata, columns: &Columns) -> Result<LatentColumns, DataError> {
+    let schema = metadata.schema();
+    let has = |name: &str| schema.column_with_name(name).is_some();
+    let moments = has(&columns.latent_mean) && has(&columns.latent_logvar);
+    if !moments && !has(&columns.latent) {
+        return Err(missing(file, metadata, format!("`{}`, nor `{}` with `{}`", columns.latent, columns.latent_mean, columns.latent_logvar)));
+    }
+    let mut names = if moments { vec![columns.latent_mean.clone(), columns.latent_logvar.clone()] } else { vec![columns.latent.clone()] };
+    let mirrored = if moments { vec![columns.flipped_mean(), columns.flipped_logvar()] } else { vec![columns.latent_flipped.clone()] };
+    let flipped = mirrored.iter().all(|name| has(name));
+    if flipped {
+        names.extend(mirrored);
+    }
+    let latents = names
+        .into_iter()
+        .map(|name| {
+            let found = schema.field_with_name(&name).map(|field| field.data_type().clone()).unwrap_or(DataType::Null);
+            match Form::of(&found) {
+                Some(form) => Ok((name, form)),
+                None => Err(DataError::ColumnType { file: file.into(), column: name, found: found.to_string(), expected: READABLE.into() }),
+            }
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok((latents, moments, flipped))
+}
+
+fn check_label(file: &str, metadata: &ArrowReaderMetadata, label: &str) -> Result<(), DataError> {
+    let Some((_, field)) = metadata.schema().column_with_name(label) else {
+        return Err(missing(file, metadata, format!("`{label}`")));
+    };
+    let values = match field.data_type() {
+        DataType::Dictionary(_, values) => values,
+        plain => plain,
+    };
+    if values.is_integer() {
+        return Ok(());
+    }
+    let expected = "an integer (plain or dictionary-encoded)".into();
+    Err(DataError::ColumnType { file: file.into(), column: label.into(), found: field.data_type().to_string(), expected })
+}
+
+fn missing(file: &str, metadata: &ArrowReaderMetadata, wanted: String) -> DataError {
+    let found = metadata.schema().fields().iter().map(|field| format!("`{}`", field.name())).collect();
+    DataError::MissingColumn { file: file.into(), wanted, found }
+}

@@ -1,0 +1,33 @@
+//! Parquet latents to lanes to micro-batches, in plain host memory.
+//!
+//! [`LatentDataset`] reads the footers of parquet files anywhere `object_store` reaches and decodes chosen rows.
+//! [`LaneSchedule`] is arithmetic: which rows lane `l` reads at step `s`. [`MicroBatchStream`] puts the two together on a
+//! background thread. [`LatentWriter`] writes the files. [`draws`] holds the keyed random numbers that all of it, and the
+//! trainer, uses.
+//!
+//! The calls block; make them outside of an async runtime.
+
+mod columns;
+mod dataset;
+mod decode;
+pub mod draws;
+mod error;
+mod footer;
+mod form;
+mod report;
+mod schedule;
+mod source;
+mod stream;
+#[cfg(test)]
+mod testing;
+mod writer;
+
+pub use columns::Columns;
+pub use dataset::{DatasetMeta, LatentDataset, RowGroup};
+pub use decode::RowBlock;
+pub use error::DataError;
+pub use form::Dtype;
+pub use report::{ChannelStats, Inspection, inspect, verify};
+pub use schedule::{EpochOrder, LaneSchedule, RowRun, ScheduleOptions};
+pub use stream::{MicroBatch, MicroBatchStream, StreamOptions};
+pub use writer::{LatentRow, LatentWriter, WriterOptions, WrittenPart};

@@ -1,0 +1,147 @@
+//! Small data sets with numbers that tell where they come from. For tests.
+#![allow(clippy::unwrap_used)]
+
+use std::fmt;
+use std::ops::Range;
+use std::path::Path as FsPath;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload,
+    PutResult, Result,
+};
+
+use crate::{Columns, LatentDataset, LatentRow, LatentWriter, WriterOptions};
+
+/// A row as written: mean, log-variance, and the same of the mirrored image where stored.
+pub struct Sample {
+    pub latents: Vec<Vec<f32>>,
+    pub label: i64,
+    pub id: String,
+}
+
+impl Sample {
+    pub fn row(&self) -> LatentRow<'_> {
+        LatentRow {
+            mean: &self.latents[0],
+            logvar: &self.latents[1],
+            flipped: self.latents.get(2).map(|mean| (&mean[..], &self.latents[3][..])),
+            label: self.label,
+            id: &self.id,
+        }
+    }
+}
+
+/// Sample `row`: every number is exact in f16 and tells its row, column and position.
+pub fn sample(row: usize, options: &WriterOptions) -> Sample {
+    let numel: usize = options.latent_shape.iter().product();
+    let columns = if options.flipped { 4 } else { 2 };
+    let latent = |column: usize| (0..numel).map(|i| ((row * 7 + column * 501 + i) % 2001) as f32 / 64.0 - 15.0).collect();
+    Sample { latents: (0..columns).map(latent).collect(), label: (row % 10) as i64, id: format!("id-{row}") }
+}
+
+pub fn samples(rows: usize, options: &WriterOptions) -> Vec<Sample> {
+    (0..rows).map(|row| sample(row, options)).collect()
+}
+
+pub fn write(path: &FsPath, options: WriterOptions, samples: &[Sample]) {
+    let mut writer = LatentWriter::create(path, options).unwrap();
+    for sample in samples {
+        writer.push(sample.row()).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+/// What a [`FaultyStore`] does with requests for data.
+#[derive(Clone, Copy)]
+#[repr(u8)]
+pub enum Mode {
+    Serve = 0,
+    Fail = 1,
+    Panic = 2,
+    Hang = 3,
+}
+
+/// A store in memory that can be told to misbehave.
+#[derive(Debug, Default)]
+pub struct FaultyStore {
+    inner: InMemory,
+    pub mode: AtomicU8,
+    /// Requests that hang.
+    pub hanging: AtomicUsize,
+}
+
+impl FaultyStore {
+    /// A store with 150 rows at `set/`, opened.
+    pub fn dataset() -> (Arc<Self>, Arc<LatentDataset>) {
+        let folder = tempfile::tempdir().unwrap();
+        let options = WriterOptions { row_group_rows: 40, ..WriterOptions::new(vec![1, 2, 2]) };
+        let path = folder.path().join("a.parquet");
+        write(&path, options.clone(), &samples(150, &options));
+        let store = Arc::new(Self::default());
+        let bytes = std::fs::read(&path).unwrap();
+        futures::executor::block_on(store.inner.put(&Path::from("set/a.parquet"), bytes.into())).unwrap();
+        let dataset = LatentDataset::open_in(store.clone(), Path::from("set"), &Columns::default()).unwrap();
+        (store, Arc::new(dataset))
+    }
+
+    async fn misbehave(&self) -> Result<()> {
+        match self.mode.load(Ordering::SeqCst) {
+            mode if mode == Mode::Serve as u8 => Ok(()),
+            mode if mode == Mode::Fail as u8 => Err(object_store::Error::Generic { store: "test", source: "injected failure".into() }),
+            mode if mode == Mode::Panic as u8 => panic!("injected panic"),
+            _ => {
+                self.hanging.fetch_add(1, Ordering::SeqCst);
+                futures::future::pending().await
+            }
+        }
+    }
+}
+
+impl fmt::Display for FaultyStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("faulty store")
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for FaultyStore {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        self.inner.put_opts(location, payload, options).await
+    }
+
+    async fn put_multipart_opts(&self, location: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(location, options).await
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.misbehave().await?;
+        self.inner.get_opts(location, options).await
+    }
+
+    async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+        self.misbehave().await?;
+        self.inner.get_ranges(location, ranges).await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        self.inner.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.inner.copy_opts(from, to, options).await
+    }
+}

@@ -1,0 +1,79 @@
+//! What was typed.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use serde::Serialize;
+
+use crate::plan::Request;
+
+/// Train on this machine or on a cluster: plan the ranks, start them, watch them.
+///
+/// Running the same command again continues the run from its last committed checkpoint.
+/// Exit codes: 0 the last step was reached; 75 saved on request, run it again to continue; 2 wrong usage or config;
+/// 1 anything else.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Cli {
+    /// The run's TOML config.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Machines to run on [default: cluster.nodes of the config, or as many as --hosts names].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub nodes: Option<u32>,
+    /// Ranks per machine [default: its GPUs, or its cores over train.threads_per_rank, rounded down to fit the lanes].
+    #[arg(long, value_name = "P", value_parser = clap::value_parser!(u32).range(1..))]
+    pub procs_per_node: Option<u32>,
+    /// Host names, separated by commas.
+    #[arg(long, value_name = "HOST,…", value_delimiter = ',')]
+    pub hosts: Vec<String>,
+    /// Engine that starts the ranks [default: local on one machine, else mpirun].
+    #[arg(long, value_enum)]
+    pub via: Option<Via>,
+    /// Override a key of the config, e.g. --set train.steps=100. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Print the plan and start nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print the plan as JSON.
+    #[arg(long, requires = "dry_run")]
+    pub json: bool,
+}
+
+/// What starts the ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Via {
+    /// This machine: one process directly, several through mpirun.
+    Local,
+    /// mpirun over several hosts.
+    Mpirun,
+    /// srun or sbatch.
+    Slurm,
+    /// An MPIJob.
+    Kubernetes,
+}
+
+impl std::fmt::Display for Via {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Via::Local => "local",
+            Via::Mpirun => "mpirun",
+            Via::Slurm => "slurm",
+            Via::Kubernetes => "kubernetes",
+        })
+    }
+}
+
+impl Cli {
+    /// The part of the command line that the plan depends on.
+    pub fn request(&self) -> Request {
+        Request {
+            nodes: self.nodes.map(|nodes| nodes as usize),
+            procs_per_node: self.procs_per_node.map(|procs| procs as usize),
+            hosts: self.hosts.clone(),
+            via: self.via,
+        }
+    }
+}

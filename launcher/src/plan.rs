@@ -1,0 +1,286 @@
+//! Who computes what: nodes, ranks per node, lanes per rank. Pure arithmetic over the config, the command line and
+//! what a machine has.
+
+use std::collections::BTreeMap;
+
+use configs::lanes::allowed_world_sizes;
+use configs::{Device, RunConfig, location};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::cli::Via;
+use crate::cluster::{EngineCommand, NotBuilt};
+use crate::machine::Machine;
+
+/// The part of the command line that the plan depends on.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// `--nodes`
+    pub nodes: Option<usize>,
+    /// `--procs-per-node`
+    pub procs_per_node: Option<usize>,
+    /// `--hosts`
+    pub hosts: Vec<String>,
+    /// `--via`
+    pub via: Option<Via>,
+}
+
+/// A run laid out over machines. `world_size = nodes × procs_per_node`, `lanes = world_size × lanes_per_rank`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// What starts the ranks.
+    pub via: Via,
+    /// Machines that compute.
+    pub nodes: usize,
+    /// Machines that were offered and are not used, counted from 0, because ranks come in powers of two.
+    pub idle_nodes: Vec<usize>,
+    /// Host names, if given; node `i` is `hosts[i]`.
+    pub hosts: Vec<String>,
+    /// Ranks on each machine.
+    pub procs_per_node: usize,
+    /// Ranks altogether.
+    pub world_size: usize,
+    /// World sizes that the experiment's lanes allow.
+    pub allowed_world_sizes: Vec<usize>,
+    /// Lanes of the experiment.
+    pub lanes: usize,
+    /// Lanes that each rank executes, one after the other.
+    pub lanes_per_rank: usize,
+    /// Samples of one lane per step.
+    pub micro_batch: usize,
+    /// Samples per step.
+    pub global_batch: usize,
+    /// CPU threads of each rank.
+    pub threads_per_rank: usize,
+    /// Cores of a node that no thread of a rank is meant for.
+    pub idle_cores_per_node: usize,
+    /// `cpu` or `cuda`: what ranks will find, judged by this machine.
+    pub device: Device,
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// The run's location, without credentials.
+    pub run_url: String,
+    /// What the user should know about this plan.
+    pub notes: Vec<String>,
+}
+
+/// Why the ranks cannot be laid out as asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The lanes cannot be shared evenly by that many ranks.
+    #[error(
+        "{nodes} node(s) × {procs_per_node} rank(s) = world size {world_size}, which cannot share train.lanes = {lanes} evenly; \
+         allowed world sizes are {}; choose --procs-per-node accordingly, or leave it out",
+        join(allowed)
+    )]
+    WorldSize {
+        /// Machines asked for.
+        nodes: usize,
+        /// Ranks per machine asked for.
+        procs_per_node: usize,
+        /// Their product.
+        world_size: usize,
+        /// Lanes of the experiment.
+        lanes: usize,
+        /// What would be possible.
+        allowed: Vec<usize>,
+    },
+    /// More machines than names.
+    #[error("--nodes {nodes} asks for more machines than --hosts names ({}): {}", hosts.len(), hosts.join(", "))]
+    Hosts {
+        /// Machines asked for.
+        nodes: usize,
+        /// Names given.
+        hosts: Vec<String>,
+    },
+    /// CUDA was demanded and is not there.
+    #[error(
+        "train.device = \"cuda\", but this machine shows no NVIDIA GPU; use --set train.device=cpu, or look at CUDA_VISIBLE_DEVICES and the driver"
+    )]
+    NoGpu,
+}
+
+impl Plan {
+    /// Lays the run out.
+    ///
+    /// Nodes that do not fit a power of two stay idle (three nodes left of four run as two). Ranks per node are taken
+    /// as asked, or else as many as the node has GPUs (cores over threads per rank where it has none), rounded down.
+    ///
+    /// # Errors
+    /// A world size that the lanes do not allow, fewer host names than nodes, CUDA demanded where there is none.
+    pub fn new(
+        config: &RunConfig,
+        request: &Request,
+        machine: &Machine,
+    ) -> Result<Plan, PlanError> {
+        let train = &config.train;
+        let named = (!request.hosts.is_empty()).then_some(request.hosts.len());
+        let offered = request.nodes.or(named).unwrap_or(config.cluster.nodes);
+        if named.is_some_and(|named| offered > named) {
+            return Err(PlanError::Hosts {
+                nodes: offered,
+                hosts: request.hosts.clone(),
+            });
+        }
+        let via = request.via.unwrap_or(if offered == 1 && named.is_none() {
+            Via::Local
+        } else {
+            Via::Mpirun
+        });
+        let device = device(train.device, machine, via)?;
+        let allowed = allowed_world_sizes(train.lanes);
+        let asked = request.procs_per_node.or(config.cluster.procs_per_node);
+        if let Some(procs_per_node) = asked.filter(|procs| !allowed.contains(procs)) {
+            let world_size = offered.saturating_mul(procs_per_node);
+            return Err(PlanError::WorldSize {
+                nodes: offered,
+                procs_per_node,
+                world_size,
+                lanes: train.lanes,
+                allowed,
+            });
+        }
+        let nodes = floor_power_of_two(offered.min(train.lanes / asked.unwrap_or(1)));
+        let capacity = if device == Device::Cuda {
+            machine.gpus
+        } else {
+            machine.cores / train.threads_per_rank
+        };
+        let procs_per_node =
+            asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes)));
+        let world_size = nodes * procs_per_node;
+        let threads = procs_per_node * train.threads_per_rank;
+        let mut plan = Plan {
+            via,
+            nodes,
+            idle_nodes: (nodes..offered).collect(),
+            hosts: request.hosts.clone(),
+            procs_per_node,
+            world_size,
+            allowed_world_sizes: allowed,
+            lanes: train.lanes,
+            lanes_per_rank: train.lanes / world_size,
+            micro_batch: train.micro_batch,
+            global_batch: config.global_batch(),
+            threads_per_rank: train.threads_per_rank,
+            idle_cores_per_node: machine.cores.saturating_sub(threads),
+            device,
+            steps: train.steps,
+            run_url: location::redact(&config.run.url),
+            notes: Vec::new(),
+        };
+        plan.notes = plan.remarks(machine);
+        Ok(plan)
+    }
+
+    fn remarks(&self, machine: &Machine) -> Vec<String> {
+        let mut notes = Vec::new();
+        if !self.idle_nodes.is_empty() {
+            let names: Vec<String> = self
+                .idle_nodes
+                .iter()
+                .map(|&node| {
+                    self.hosts
+                        .get(node)
+                        .cloned()
+                        .unwrap_or(format!("node {node}"))
+                })
+                .collect();
+            notes.push(format!(
+                "{} of {} nodes compute, {} idle: {} lanes run on {} ranks",
+                self.nodes,
+                self.nodes + self.idle_nodes.len(),
+                names.join(", "),
+                self.lanes,
+                join(&self.allowed_world_sizes),
+            ));
+        }
+        let threads = self.procs_per_node * self.threads_per_rank;
+        if self.device == Device::Cpu && threads > machine.cores {
+            notes.push(format!(
+                "{threads} threads share {} cores: ranks will wait for each other",
+                machine.cores
+            ));
+        }
+        if self.device == Device::Cuda && self.procs_per_node > machine.gpus {
+            notes.push(format!(
+                "{} ranks share {} GPUs",
+                self.procs_per_node, machine.gpus
+            ));
+        }
+        notes
+    }
+}
+
+/// What ranks will compute on. A machine that only sends work elsewhere says nothing about the GPUs there.
+fn device(asked: Device, machine: &Machine, via: Via) -> Result<Device, PlanError> {
+    match asked {
+        Device::Auto if machine.gpus > 0 => Ok(Device::Cuda),
+        Device::Auto => Ok(Device::Cpu),
+        Device::Cuda if machine.gpus == 0 && via == Via::Local => Err(PlanError::NoGpu),
+        fixed => Ok(fixed),
+    }
+}
+
+/// The largest power of two that is not above `count`; 1 for 0.
+fn floor_power_of_two(count: usize) -> usize {
+    1 << count.max(1).ilog2()
+}
+
+fn join(sizes: &[usize]) -> String {
+    sizes
+        .iter()
+        .map(usize::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// Prints the plan, as a table or as one JSON object with the engine's command.
+pub fn show(plan: &Plan, command: Result<&EngineCommand, &NotBuilt>, as_json: bool) {
+    let argv = command.map(EngineCommand::shown);
+    if as_json {
+        let mut value = json!(plan);
+        value["command"] = json!(argv.as_ref().ok());
+        value["env"] = json!(
+            command
+                .ok()
+                .map(|command| command.env.iter().cloned().collect::<BTreeMap<_, _>>())
+        );
+        value["not_built"] = json!(command.err().map(ToString::to_string));
+        println!("{value:#}");
+        return;
+    }
+    println!("run           {}, {} steps", plan.run_url, plan.steps);
+    println!("engine        {}", plan.via);
+    println!(
+        "nodes         {} × {} ranks = world size {}",
+        plan.nodes, plan.procs_per_node, plan.world_size
+    );
+    println!(
+        "lanes         {}, {} per rank (allowed world sizes: {})",
+        plan.lanes,
+        plan.lanes_per_rank,
+        join(&plan.allowed_world_sizes)
+    );
+    println!(
+        "global batch  {} = {} lanes × {}",
+        plan.global_batch, plan.lanes, plan.micro_batch
+    );
+    println!(
+        "a rank        {}, {} thread(s); {} core(s) of a node idle",
+        json!(plan.device).as_str().unwrap_or_default(),
+        plan.threads_per_rank,
+        plan.idle_cores_per_node
+    );
+    match argv {
+        Ok(argv) => println!("command       {}", argv.join(" ")),
+        Err(not_built) => println!("command       none: {not_built}"),
+    }
+    for note in &plan.notes {
+        println!("note          {note}");
+    }
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

@@ -1,0 +1,293 @@
+//! Watching a run: starts the engine, shows what it says, hands signals on, and judges how it ended.
+//!
+//! One loop on the main thread takes reports from a channel; threads that may block (two readers, one waiter, one for
+//! signals) only send. Every wait of the loop has an end: see [`Watch::deadline`].
+
+mod console;
+mod demux;
+mod engine;
+mod faults;
+mod verdict;
+
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use configs::events::Event;
+use nix::sys::signal::Signal;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+
+pub use console::say;
+
+use crate::cluster::{EngineCommand, Output};
+use crate::plan::Plan;
+use console::Console;
+use demux::Line;
+use engine::Engine;
+use faults::{Ended, Faults};
+use verdict::End;
+
+/// After a rank has failed, how long the others may take to end.
+const AFTER_FAULT: Duration = Duration::from_secs(30);
+/// Between asking the group to end and killing it.
+const TERM_TO_KILL: Duration = Duration::from_secs(5);
+/// After the engine's main process has ended, how long to read on while others hold its pipes open.
+const DRAIN: Duration = Duration::from_secs(2);
+/// How long a stop request is held back for ranks that have not shown a sign of life: before a rank has set its
+/// handlers up, the request would kill it.
+const START_UP: Duration = Duration::from_secs(20);
+
+/// What the threads tell the loop.
+enum Report {
+    Line(Line),
+    /// One of the engine's two streams has ended.
+    Closed,
+    /// The engine's main process has ended.
+    Ended(Ended),
+    /// The launcher received a signal.
+    Signal(i32),
+}
+
+/// Starts the engine and watches it to its end. Returns the launcher's exit code.
+///
+/// Call it from the main thread: the engine's life is tied to it.
+pub fn run(command: &EngineCommand, plan: &Plan) -> anyhow::Result<i32> {
+    let (sender, reports) = sync_channel(1024);
+    // First, so that no signal can end the launcher while an engine exists.
+    catch_signals(sender.clone())?;
+    let engine = Engine::start(command, &sender)?;
+    let mut watch = Watch::new(engine, command.output, plan.steps);
+    while !watch.is_over() {
+        let report = match watch.deadline() {
+            Some(deadline) => {
+                reports.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            }
+            None => reports.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match report {
+            Ok(report) => watch.take(report),
+            Err(RecvTimeoutError::Timeout) => {}
+            // Cannot happen while `sender` lives; if it did, nobody would tell of the end.
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        watch.act(Instant::now());
+    }
+    Ok(watch.finish())
+}
+
+fn catch_signals(reports: SyncSender<Report>) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1])
+        .context("cannot set signal handlers up")?;
+    let work = move || {
+        signals.forever().for_each(|signal| {
+            let _ = reports.send(Report::Signal(signal));
+        })
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(work)
+        .context("cannot start a thread")?;
+    Ok(())
+}
+
+/// The state of a watched run.
+struct Watch {
+    engine: Engine,
+    output: Output,
+    console: Console,
+    faults: Faults,
+    started: Instant,
+    steps: u64,
+    open_streams: usize,
+    ended: Option<(Ended, Instant)>,
+    is_started: bool,
+    is_done: bool,
+    saved_step: Option<u64>,
+    stop: Stop,
+    /// INT, TERM and HUP received.
+    terminations: usize,
+    fault_seen: Option<Instant>,
+    /// Why and since when the group is being ended; then whether it has been killed.
+    forced: Option<(&'static str, Instant)>,
+    is_killed: bool,
+}
+
+/// A request to save and stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    NotAsked,
+    /// Held back until the ranks are up.
+    Held,
+    Sent,
+}
+
+impl Watch {
+    fn new(engine: Engine, output: Output, steps: u64) -> Watch {
+        Watch {
+            engine,
+            output,
+            console: Console::new(steps),
+            faults: Faults::default(),
+            started: Instant::now(),
+            steps,
+            open_streams: 2,
+            ended: None,
+            is_started: false,
+            is_done: false,
+            saved_step: None,
+            stop: Stop::NotAsked,
+            terminations: 0,
+            fault_seen: None,
+            forced: None,
+            is_killed: false,
+        }
+    }
+
+    /// The main process has ended, and all that it said has been read or has had its time.
+    fn is_over(&self) -> bool {
+        self.ended
+            .is_some_and(|(_, when)| self.open_streams == 0 || when.elapsed() >= DRAIN)
+    }
+
+    /// When `act` has something to do even if no report comes.
+    fn deadline(&self) -> Option<Instant> {
+        if let Some((_, when)) = self.ended {
+            return Some(when + DRAIN);
+        }
+        let stop = (self.stop == Stop::Held).then(|| self.started + START_UP);
+        let end = match self.forced {
+            None => self.fault_seen.map(|when| when + AFTER_FAULT),
+            Some((_, when)) if !self.is_killed => Some(when + TERM_TO_KILL),
+            // Killed: if even that does not end it, try again now and then.
+            Some(_) => Some(Instant::now() + TERM_TO_KILL),
+        };
+        [stop, end].into_iter().flatten().min()
+    }
+
+    fn take(&mut self, report: Report) {
+        match report {
+            Report::Line(line) => self.take_line(line),
+            Report::Closed => self.open_streams = self.open_streams.saturating_sub(1),
+            Report::Ended(ended) => {
+                self.ended = Some((ended, Instant::now()));
+                if self.output == Output::RankZero {
+                    self.faults.rank_ended(0, ended);
+                }
+            }
+            Report::Signal(signal) => self.take_signal(signal),
+        }
+    }
+
+    fn take_line(&mut self, line: Line) {
+        match line.rank {
+            Some(0) if !line.is_stderr => match Event::parse(&line.text) {
+                Some(event) => self.take_event(&event),
+                None => self.console.line(&line),
+            },
+            Some(rank) => {
+                if line.is_stderr {
+                    self.faults.rank_line(rank, &line.text);
+                }
+                self.console.line(&line);
+            }
+            None => {
+                for text in self.faults.engine_line(&line.text) {
+                    self.console.line(&Line { text, ..line });
+                }
+            }
+        }
+    }
+
+    fn take_event(&mut self, event: &Event) {
+        self.is_started = true;
+        match event {
+            Event::Start { resumed_from, .. } => self.saved_step = *resumed_from,
+            Event::Checkpoint { step, .. } | Event::Stop { step, .. } => {
+                self.saved_step = Some(*step)
+            }
+            Event::Done { step, .. } => self.is_done = *step >= self.steps,
+            Event::Step { .. } | Event::Sample { .. } => {}
+        }
+        self.console.event(event);
+    }
+
+    /// The first request asks the ranks to save; a second INT, TERM or HUP ends them. (A scheduler's USR1 ahead of its
+    /// TERM asks once.)
+    fn take_signal(&mut self, signal: i32) {
+        let name = Signal::try_from(signal).map_or("a signal", Signal::as_str);
+        self.terminations += usize::from(signal != SIGUSR1);
+        if self.terminations >= 2 {
+            self.console
+                .say(&format!("launcher: {name} again: ending all ranks"));
+            self.force("asked a second time");
+        } else if self.stop == Stop::NotAsked {
+            self.stop = Stop::Held;
+            self.console.say(&format!(
+                "launcher: {name}: asking the ranks to save and stop; once more ends them at once"
+            ));
+        }
+    }
+
+    /// Does what has become due.
+    fn act(&mut self, now: Instant) {
+        if self.ended.is_some() {
+            return;
+        }
+        if self.stop == Stop::Held && (self.is_started || now >= self.started + START_UP) {
+            self.engine.signal(Signal::SIGUSR1);
+            self.stop = Stop::Sent;
+        }
+        if self.fault_seen.is_none() && self.faults.any() {
+            self.fault_seen = Some(now);
+        }
+        if self
+            .fault_seen
+            .is_some_and(|when| now >= when + AFTER_FAULT)
+        {
+            self.force("a rank had failed and the others did not end");
+        }
+        if self
+            .forced
+            .is_some_and(|(_, when)| now >= when + TERM_TO_KILL)
+        {
+            self.engine.kill_all();
+            self.is_killed = true;
+        }
+    }
+
+    fn force(&mut self, why: &'static str) {
+        if self.forced.is_none() {
+            self.forced = Some((why, Instant::now()));
+            self.engine.signal(Signal::SIGTERM);
+        }
+    }
+
+    /// Ends what is left and gives the exit code.
+    fn finish(mut self) -> i32 {
+        for text in self.faults.finish() {
+            self.console.line(&Line {
+                rank: None,
+                is_stderr: true,
+                text,
+            });
+        }
+        self.console.finish();
+        self.engine.finish();
+        let end = End {
+            ended: self
+                .ended
+                .map_or(Ended::Exit(configs::exit::FAILED), |(ended, _)| ended),
+            is_done: self.is_done,
+            is_started: self.is_started,
+            steps: self.steps,
+            forced: self.forced.map(|(why, _)| why),
+            is_stop_asked: self.stop != Stop::NotAsked,
+            fault: self.faults.describe(),
+            saved_step: self.saved_step,
+        };
+        let (code, text) = end.verdict();
+        say(&format!("launcher: {text}"));
+        code
+    }
+}

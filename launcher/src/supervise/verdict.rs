@@ -1,0 +1,162 @@
+//! What the end of an engine means: the exit code, and the sentence that says why.
+
+use configs::exit;
+
+use super::faults::Ended;
+
+/// Everything about a run's end that the verdict depends on.
+#[derive(Debug, Clone)]
+pub struct End {
+    /// How the engine's main process ended.
+    pub ended: Ended,
+    /// A `done` event for the last step was seen.
+    pub is_done: bool,
+    /// A `start` event was seen.
+    pub is_started: bool,
+    /// Last step of the plan.
+    pub steps: u64,
+    /// Why the launcher ended the group itself, if it did.
+    pub forced: Option<&'static str>,
+    /// Somebody had asked the run to stop.
+    pub is_stop_asked: bool,
+    /// The failing rank in words, if one is known.
+    pub fault: Option<String>,
+    /// Step of the last checkpoint that was committed or resumed from, as far as seen.
+    pub saved_step: Option<u64>,
+}
+
+impl End {
+    /// The launcher's exit code and its last line.
+    pub fn verdict(&self) -> (i32, String) {
+        let resume = match self.saved_step {
+            Some(step) => format!("run the same command again to continue from step {step}"),
+            None => "no checkpoint was seen in this start; the same command takes the last committed one".to_owned(),
+        };
+        if let Some(why) = self.forced {
+            let cause = self
+                .fault
+                .clone()
+                .map(|fault| format!(" ({fault})"))
+                .unwrap_or_default();
+            return (
+                exit::FAILED,
+                format!("all ranks were ended: {why}{cause}; {resume}"),
+            );
+        }
+        match (self.ended, &self.fault) {
+            (Ended::Exit(exit::OK), _) if self.is_done => (
+                exit::OK,
+                format!("step {} of {} reached", self.steps, self.steps),
+            ),
+            (Ended::Exit(exit::OK), _) => (
+                exit::FAILED,
+                format!(
+                    "the ranks ended without an error, but step {} was not reported as done; {resume}",
+                    self.steps
+                ),
+            ),
+            (Ended::Exit(exit::RESUMABLE), _) => {
+                (exit::RESUMABLE, format!("stopped and saved; {resume}"))
+            }
+            (ended, _) if self.is_stop_asked && !self.is_started => (
+                exit::FAILED,
+                format!(
+                    "stopped before the run had started ({ended}); nothing was saved by this start"
+                ),
+            ),
+            (Ended::Exit(exit::USAGE), fault) => (
+                exit::USAGE,
+                fault.clone().unwrap_or_else(|| {
+                    "the ranks refused the config or the command line".to_owned()
+                }),
+            ),
+            (_, Some(fault)) => (
+                exit::FAILED,
+                format!("{fault}; all ranks were ended; {resume}"),
+            ),
+            (ended, None) => (
+                exit::FAILED,
+                format!("the engine ended: {ended}; no rank was named as the cause; {resume}"),
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn end(ended: Ended) -> End {
+        End {
+            ended,
+            is_done: false,
+            is_started: true,
+            steps: 9,
+            forced: None,
+            is_stop_asked: false,
+            fault: None,
+            saved_step: Some(5),
+        }
+    }
+
+    #[test]
+    fn only_a_reported_last_step_is_success() {
+        assert_eq!(end(Ended::Exit(0)).verdict().0, exit::FAILED);
+        assert_eq!(
+            End {
+                is_done: true,
+                ..end(Ended::Exit(0))
+            }
+            .verdict()
+            .0,
+            exit::OK
+        );
+        assert_eq!(
+            End {
+                is_done: true,
+                ..end(Ended::Exit(1))
+            }
+            .verdict()
+            .0,
+            exit::FAILED
+        );
+    }
+
+    #[test]
+    fn codes_that_scripts_act_on_pass_through_and_others_become_failure() {
+        assert_eq!(end(Ended::Exit(75)).verdict().0, exit::RESUMABLE);
+        assert_eq!(end(Ended::Exit(2)).verdict().0, exit::USAGE);
+        for ended in [
+            Ended::Exit(3),
+            Ended::Exit(137),
+            Ended::Signal(9),
+            Ended::Signal(15),
+        ] {
+            assert_eq!(end(ended).verdict().0, exit::FAILED, "{ended}");
+        }
+        assert_eq!(
+            End {
+                forced: Some("asked twice"),
+                is_done: true,
+                ..end(Ended::Exit(0))
+            }
+            .verdict()
+            .0,
+            exit::FAILED
+        );
+    }
+
+    #[test]
+    fn the_last_line_says_who_and_from_where_to_go_on() {
+        let (_, text) = End {
+            fault: Some("rank 1 failed (exit code 3)".into()),
+            ..end(Ended::Exit(3))
+        }
+        .verdict();
+        assert!(
+            text.starts_with("rank 1 failed (exit code 3)")
+                && text.ends_with("continue from step 5"),
+            "{text}"
+        );
+    }
+}

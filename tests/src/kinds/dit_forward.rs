@@ -1,0 +1,110 @@
+//! `dit_forward`: one forward pass with all its intermediates, and the embeddings by themselves.
+
+use super::{Kind, alone};
+use crate::bundle::{Bundle, BundleError, Result};
+use crate::dit;
+use crate::report::Report;
+use crate::tolerance::Tolerance;
+use std::collections::HashMap;
+use tch::Tensor;
+use trainer::model::dit::Dit;
+use trainer::model::{sin_cos_2d, timestep_embedding};
+
+pub(super) const KIND: Kind = Kind {
+    name: "dit_forward",
+    tolerances: &[
+        ("out/t_freq*", "1.5e-4"),
+        ("out/pos_embed", "1e-6"),
+        ("out/pos_embed_d*", "1e-12"),
+        ("out/*", "2e-5*max(1,max|ref|)"),
+    ],
+    partner: alone,
+    references_in_partner: false,
+    run,
+};
+
+/// Features of the timestep embedding before its MLP.
+const FREQUENCY_DIM: i64 = 256;
+
+/// Intermediates that every bundle of this kind has, with `block{i}` of every block.
+const REQUIRED: [&str; 17] = [
+    "x_embed", "pos_embed", "tokens_in", "t_freq", "t_emb", "y_emb", "c", "block0_ada", "block0_norm1", "block0_qkv",
+    "block0_attn", "block0_mlp_act", "block0_mlp", "final_ada", "final_tokens", "output", "t_freq_fractional",
+];
+
+fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
+    let _no_grad = tch::no_grad_guard();
+    let model = dit::model(bundle)?;
+    let weights = dit::weights(bundle, &model)?;
+    let x = dit::latents(bundle, "in/x", &model, -1)?;
+    let n = x.size()[0];
+    let t = dit::raw_timesteps(bundle, "in/t", n)?;
+    let y = dit::labels(bundle, "in/y", &model, n)?;
+    let t_fractional = bundle.floats("in/t_fractional", &[-1])?;
+
+    let mut found: HashMap<String, Tensor> = HashMap::new();
+    let mut see = |name: &str, tensor: &Tensor| {
+        found.insert(recorded_name(name), tensor.shallow_clone());
+    };
+    let output = weights.forward(&model, &x, &t, &y, &mut see);
+    found.insert("output".to_owned(), output);
+    found.insert("t_freq_fractional".to_owned(), timestep_embedding(&t_fractional, FREQUENCY_DIM));
+    let recorded: Vec<String> = bundle.names().filter_map(|name| name.strip_prefix("out/")).map(str::to_owned).collect();
+    let mut odd_features = 0;
+    let mut tables = 0;
+    for name in &recorded {
+        if let Some(dim) = name.strip_prefix("t_freq_dim") {
+            found.insert(name.clone(), timestep_embedding(&t, number(name, dim)?));
+            odd_features += 1;
+        } else if let Some((dim, grid)) = name.strip_prefix("pos_embed_d").and_then(|rest| rest.split_once("_g")) {
+            let (dim, grid) = (number(name, dim)?, number(name, grid.trim_end_matches("_f64"))?);
+            found.insert(name.clone(), Tensor::from_slice(&sin_cos_2d(dim, grid)).view([grid * grid, dim]));
+            tables += 1;
+        }
+    }
+    if odd_features == 0 {
+        report.problem("`out/t_freq_dimN` (timestep features of another width) is missing".to_owned());
+    }
+    if tables == 0 {
+        report.problem("`out/pos_embed_dN_gN_f64` (the position table in float64) is missing".to_owned());
+    }
+
+    let blocks = (0..model.config().depth).map(|i| format!("block{i}"));
+    let required: Vec<String> = REQUIRED.iter().map(|&name| name.to_owned()).chain(blocks).collect();
+    let further = recorded.into_iter().filter(|name| !required.contains(name) && found.contains_key(name));
+    for name in required.iter().cloned().chain(further) {
+        report.compare(&format!("out/{name}"), &found[&name]);
+    }
+    if bundle.spec.text("frozen").is_some_and(|text| text.starts_with("pos_embed is the sin-cos table")) {
+        compare_table(bundle, &model, report)?;
+    }
+    Ok(())
+}
+
+/// The position table with which Ditharos initialises such a model against the recorded one.
+fn compare_table(bundle: &Bundle, model: &Dit, report: &mut Report) -> Result<()> {
+    let config = model.config();
+    let grid = config.input_size / config.patch_size;
+    let table = Tensor::from_slice(&sin_cos_2d(config.hidden_size, grid)).view([1, grid * grid, config.hidden_size]);
+    let recorded = bundle.tensor("weights/pos_embed")?;
+    report.within("weights/pos_embed", "weights/pos_embed", &table, recorded, Tolerance::absolute(1e-6));
+    Ok(())
+}
+
+/// The probes of block i are called `blocks.i.NAME`; bundles have `blocki_NAME`, and `blocki` for its output.
+fn recorded_name(probe: &str) -> String {
+    match probe.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
+        Some((index, "")) => format!("block{index}"),
+        Some((index, name)) => format!("block{index}_{name}"),
+        None => probe.to_owned(),
+    }
+}
+
+fn number(name: &str, digits: &str) -> Result<i64> {
+    let positive = digits.parse().ok().filter(|&n: &i64| n > 0 && n <= 1 << 16);
+    positive.ok_or_else(|| BundleError::Tensor {
+        name: format!("out/{name}"),
+        found: format!("`{digits}` in its name"),
+        expected: "a positive number there".to_owned(),
+    })
+}

@@ -1,0 +1,7 @@
+//! The trainer's commands.
+
+pub mod bench_step;
+pub mod digest;
+pub mod sample;
+pub mod source;
+pub mod train;

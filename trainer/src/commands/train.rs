@@ -1,0 +1,61 @@
+//! `trainer train`: one rank of a run, started by the launcher.
+
+use crate::engine::rank::Rank;
+use crate::engine::run::{Outcome, run};
+use anyhow::Result;
+use collective::Collective;
+use configs::{RunConfig, exit};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Options of `trainer train`.
+#[derive(clap::Args)]
+pub struct TrainArgs {
+    /// The run's config.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Overrides of config keys.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+/// Trains to the end or to a stop request and gives the process's exit code.
+///
+/// # Errors
+/// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
+pub fn train(args: &TrainArgs) -> Result<i32> {
+    // A rank whose launcher is gone must not go on: the kernel ends it together with its parent.
+    end_with_parent();
+    let config = RunConfig::load(&args.config, &args.overrides)?;
+    let collective = collective::from_environment(Duration::from_secs(config.collective.timeout_s))?;
+    let collective: Arc<dyn Collective> = collective.into();
+    let mut rank = match Rank::set_up(config, collective.clone()) {
+        Ok(rank) => rank,
+        // All ranks have agreed on this failure, so each can end by itself and one speaks.
+        Err(error) => {
+            if collective.rank() == 0 {
+                report(&*collective, &error);
+            }
+            return Ok(exit::FAILED);
+        }
+    };
+    match run(&mut rank) {
+        Ok(Outcome::Done) => Ok(exit::OK),
+        Ok(Outcome::Stopped) => Ok(exit::RESUMABLE),
+        Err(error) => {
+            report(&*collective, &error);
+            // The other ranks may be waiting for this one.
+            collective.abort(exit::FAILED)
+        }
+    }
+}
+
+fn report(collective: &dyn Collective, error: &anyhow::Error) {
+    eprintln!("trainer: rank {}: error: {error:#}", collective.rank());
+}
+
+fn end_with_parent() {
+    // SAFETY: prctl with these arguments only sets a flag of this process.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}

@@ -1,0 +1,14 @@
+//! The training engine of one rank: buckets, lanes, the step, and what surrounds it.
+
+pub mod bucket;
+pub mod grid;
+pub mod optimizer;
+pub mod rank;
+pub mod reducer;
+pub mod run;
+pub mod saver;
+pub mod step;
+pub mod stepper;
+pub mod stop;
+pub mod tape;
+pub mod tree;

@@ -1,0 +1,276 @@
+//! Sets up one rank: the only place of construction order.
+
+use super::bucket::Buckets;
+use super::optimizer::{LrDecay, LrSchedule, Optimizer};
+use super::saver::{Saver, restore};
+use super::stepper::{Experiment, Stepper};
+use super::stop::StopFlag;
+use crate::ffi::{self, AdamW};
+use crate::recipe::Recipe;
+use crate::telemetry::Journal;
+use anyhow::{Context, Result, bail};
+use checkpoint::{AttemptInfo, Manifest, RunStore};
+use collective::Collective;
+use configs::RunConfig;
+use configs::lanes::LaneBlock;
+use data_loader::{LatentDataset, MicroBatchStream, ScheduleOptions, StreamOptions};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::sync::Arc;
+use tch::Device;
+
+/// One rank, ready for its first step.
+pub struct Rank {
+    /// The run's config.
+    pub config: RunConfig,
+    /// What is computed.
+    pub recipe: Recipe,
+    /// Config and recipe as every manifest records them.
+    pub record: Value,
+    /// The ranks.
+    pub collective: Arc<dyn Collective>,
+    /// Number of this start of the run.
+    pub attempt: u32,
+    /// Step of the checkpoint that this start continues.
+    pub resumed_from: Option<u64>,
+    /// Steps of one pass over the data set.
+    pub steps_per_epoch: u64,
+    /// Where this rank computes.
+    pub device: Device,
+    /// This rank's micro-batches.
+    pub batches: MicroBatchStream,
+    /// Weights and the step.
+    pub stepper: Stepper,
+    /// Checkpoints.
+    pub saver: Saver,
+    /// What people see; rank 0 only.
+    pub journal: Option<Journal>,
+    /// Stop requests.
+    pub stop: StopFlag,
+}
+
+/// What a rank finds out alone, before the first collective.
+struct Prepared {
+    recipe: Recipe,
+    device: Device,
+    dataset: Arc<LatentDataset>,
+    block: LaneBlock,
+    store: RunStore,
+}
+
+/// What rank 0 decides for all: where to go on, and as which attempt.
+#[derive(Serialize, Deserialize)]
+struct Start {
+    manifest: Option<Manifest>,
+    attempt: u32,
+}
+
+impl Rank {
+    /// Sets up this rank; all ranks call it together. Reads from the data set its metadata only, and allocates nothing
+    /// before config, data set and checkpoint are known to fit together.
+    ///
+    /// # Errors
+    /// What is wrong, the same on every rank, so that one of them can say it.
+    pub fn set_up(config: RunConfig, collective: Arc<dyn Collective>) -> Result<Self> {
+        let stop = StopFlag::install().context("installing signal handlers")?;
+        let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
+        let Prepared { recipe, device, dataset, block, store } = prepared;
+        let record = recipe.record(&config);
+        let Start { manifest, attempt } = decide_start(&config, &record, &*collective, &store)?;
+        let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
+
+        let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
+        let lanes = config.train.lanes;
+        let buckets = match &manifest {
+            None => Ok(Buckets::initialise(&*model, lanes, block, config.seed, device)),
+            Some(manifest) => {
+                let buckets = Buckets::zeroed(&*model, lanes, block, device);
+                restore(&store, manifest, &buckets).map(|()| buckets)
+            }
+        };
+        let buckets = agree(&*collective, buckets)?;
+        let experiment = Experiment { seed: config.seed, lanes, block, device };
+        let (objective, optimizer) = (recipe.build_objective(), build_optimizer(&config));
+        let mut stepper = Stepper::new(model, objective, buckets, optimizer, collective.clone(), experiment);
+        if manifest.is_some() {
+            stepper.gather_weights()?;
+        }
+
+        let done = resumed_from.unwrap_or(0);
+        let data = open_stream(&config, &recipe, dataset, block, done);
+        let (batches, steps_per_epoch) = agree(&*collective, data)?;
+        let saver = Saver::start(collective.clone(), store, attempt, config.checkpoint.keep_last)?;
+        let journal = match collective.rank() {
+            0 => Journal::open(&config.run.url, attempt, config.log.tensorboard).map(Some),
+            _ => Ok(None),
+        };
+        let journal = agree(&*collective, journal.map_err(Into::into))?;
+        Ok(Self {
+            config,
+            recipe,
+            record,
+            collective,
+            attempt,
+            resumed_from,
+            steps_per_epoch,
+            device,
+            batches,
+            stepper,
+            saver,
+            journal,
+            stop,
+        })
+    }
+}
+
+impl Prepared {
+    fn new(config: &RunConfig, collective: &dyn Collective) -> Result<Self> {
+        let block = LaneBlock::of(collective.rank(), collective.world_size(), config.train.lanes)?;
+        tch::set_num_threads(config.train.threads_per_rank as i32);
+        tch::set_num_interop_threads(1);
+        ffi::set_deterministic()?;
+        let device = choose_device(config.train.device, collective)?;
+        let columns = &config.data.columns;
+        let columns = data_loader::Columns {
+            latent: columns.latent.clone(),
+            latent_mean: columns.latent_mean.clone(),
+            latent_logvar: columns.latent_logvar.clone(),
+            latent_flipped: columns.latent_flipped.clone(),
+            label: columns.label.clone(),
+            id: columns.id.clone(),
+        };
+        let dataset = LatentDataset::open(&config.data.url, &columns).context("`data.url`")?;
+        let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
+        let recipe = Recipe::resolve(config, dataset.meta(), scaling_factor)?;
+        if let (true, Some(vae)) = (config.sample.every_steps > 0, &config.sample.vae)
+            && !vae.join("config.json").is_file()
+        {
+            bail!("`sample.vae` = {}: no config.json there; give an AutoencoderKL folder or set sample.every_steps = 0", vae.display());
+        }
+        let store = RunStore::open(&config.run.url).context("`run.url`")?;
+        Ok(Self { recipe, device, dataset: Arc::new(dataset), block, store })
+    }
+}
+
+/// Lets all ranks learn whether each of them succeeded; the first failure becomes the error of all.
+fn agree<T>(collective: &dyn Collective, mine: Result<T>) -> Result<T> {
+    let message = mine.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
+    let all = collective.gather_bytes(message.as_bytes()).context("agreeing on the start")?;
+    match (mine, all.iter().position(|message| !message.is_empty())) {
+        (Ok(value), None) => Ok(value),
+        // The whole chain of causes is this rank's own.
+        (Err(error), Some(rank)) if rank == collective.rank() => Err(error),
+        (_, Some(rank)) => bail!("rank {rank}: {}", String::from_utf8_lossy(&all[rank])),
+        (Err(error), None) => Err(error),
+    }
+}
+
+fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result<Device> {
+    let cuda = match wanted {
+        configs::Device::Cpu => return Ok(Device::Cpu),
+        configs::Device::Auto | configs::Device::Cuda => ffi::load_cuda().map(|()| tch::Cuda::device_count()),
+    };
+    match (cuda, wanted) {
+        (Ok(count), _) if count > 0 => {
+            if collective.world_size() > 1 {
+                bail!("`train.device`: several GPU ranks need the NCCL backend, which is not built yet; use one rank or train.device = \"cpu\"");
+            }
+            Ok(Device::Cuda(collective.local_rank()))
+        }
+        (_, configs::Device::Auto) => Ok(Device::Cpu),
+        (Ok(_), _) => bail!("`train.device` = \"cuda\", but the driver shows no GPU; use \"auto\" or \"cpu\""),
+        (Err(error), _) => bail!("`train.device` = \"cuda\": {error}; use \"auto\" or \"cpu\""),
+    }
+}
+
+/// Rank 0 looks for the newest valid checkpoint, checks that this config may continue it, and claims an attempt.
+fn decide_start(
+    config: &RunConfig,
+    record: &Value,
+    collective: &dyn Collective,
+    store: &RunStore,
+) -> Result<Start> {
+    let decided = match collective.rank() {
+        0 => find_start(config, record, collective.world_size(), store).map(Some),
+        _ => Ok(None),
+    };
+    let start = agree(collective, decided)?;
+    let message = start.as_ref().map(serde_json::to_vec).transpose()?.unwrap_or_default();
+    let all = collective.gather_bytes(&message)?;
+    serde_json::from_slice(&all[0]).context("rank 0's decision where to start")
+}
+
+fn find_start(config: &RunConfig, record: &Value, world_size: usize, store: &RunStore) -> Result<Start> {
+    let found = store.newest_valid().context("looking for a checkpoint to resume from")?;
+    let manifest = found.map(|(manifest, damaged)| {
+        let list: Vec<String> = damaged.iter().map(ToString::to_string).collect();
+        if !list.is_empty() && config.checkpoint.on_damaged == configs::OnDamaged::Fail {
+            bail!("damaged checkpoints in {}: {}; checkpoint.on_damaged = \"fail\"", store.url(), list.join("; "));
+        }
+        for damaged in list {
+            eprintln!("trainer: warning: damaged checkpoint passed over: {damaged}");
+        }
+        Ok(manifest)
+    });
+    let manifest = manifest.transpose()?;
+    if let Some(manifest) = &manifest {
+        let changes = configs::changed_experiment_keys(&manifest.config, record);
+        if !changes.is_empty() {
+            let changes: Vec<String> = changes.iter().map(ToString::to_string).collect();
+            bail!(
+                "{} holds another experiment (step {}): {}; undo the change, or give a new `run.url`",
+                store.url(),
+                manifest.step,
+                changes.join("; ")
+            );
+        }
+        if manifest.step > config.train.steps {
+            bail!("{} is at step {}, beyond `train.steps` = {}", store.url(), manifest.step, config.train.steps);
+        }
+    }
+    let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
+    let info = AttemptInfo { resumed_from, world_size, ..Default::default() };
+    Ok(Start { attempt: store.claim_attempt(&info).context("claiming an attempt")?, manifest })
+}
+
+fn build_optimizer(config: &RunConfig) -> Optimizer {
+    let o = &config.optimizer;
+    Optimizer {
+        hyper: AdamW { lr: o.lr, beta1: o.betas[0], beta2: o.betas[1], eps: o.eps, weight_decay: o.weight_decay },
+        ema_decay: config.ema.decay,
+        schedule: LrSchedule {
+            lr: o.lr,
+            final_lr: o.final_lr,
+            warmup_steps: o.warmup_steps,
+            total_steps: config.train.steps,
+            decay: match o.decay {
+                configs::Decay::Constant => LrDecay::Constant,
+                configs::Decay::Cosine => LrDecay::Cosine,
+                configs::Decay::Linear => LrDecay::Linear,
+            },
+        },
+    }
+}
+
+/// This rank's micro-batches from after step `done` on, and the steps of an epoch.
+fn open_stream(
+    config: &RunConfig,
+    recipe: &Recipe,
+    dataset: Arc<LatentDataset>,
+    block: LaneBlock,
+    done: u64,
+) -> Result<(MicroBatchStream, u64)> {
+    let schedule = dataset.schedule(ScheduleOptions {
+        seed: config.seed,
+        lanes: config.train.lanes,
+        micro_batch: config.train.micro_batch,
+        range_rows: config.data.range_rows as usize,
+        shuffle_window_rows: config.data.shuffle_window_rows as usize,
+    })?;
+    let steps_per_epoch = schedule.steps_per_epoch();
+    let prefetch_bytes = config.data.prefetch_bytes as usize;
+    let (scaling_factor, num_classes) = (recipe.dataset.scaling_factor, Some(recipe.model.num_classes as usize));
+    let options = StreamOptions { prefetch_bytes, flip: config.data.flip, scaling_factor, num_classes };
+    let stream = MicroBatchStream::start(dataset, schedule, block.range(), done, config.train.steps, options)?;
+    Ok((stream, steps_per_epoch))
+}

@@ -1,0 +1,146 @@
+//! The training loop: resume, step, log, sample, checkpoint, stop.
+
+use super::grid::SampleGrid;
+use super::rank::Rank;
+use super::saver::Saved;
+use super::stepper::StepReport;
+use crate::telemetry::measured_gemm_rate;
+use anyhow::Result;
+use configs::events::{Event, now};
+use configs::location::redact;
+use std::time::{Duration, Instant};
+
+/// Bit of a rank's step signal: it was asked to stop.
+const STOP: u32 = 1;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The last step was reached and is committed.
+    Done,
+    /// All ranks stopped on request after the same step, which is committed; the run can be resumed.
+    Stopped,
+}
+
+/// Trains until the last step or a stop request. All ranks call it together.
+///
+/// # Errors
+/// What ended the run early; everything committed stays valid.
+pub fn run(rank: &mut Rank) -> Result<Outcome> {
+    let steps = rank.config.train.steps;
+    let mut meter = Meter::start(rank);
+    let mut grid = SampleGrid::from_config(rank)?;
+    rank.tell(|rank| Event::Start {
+        attempt: rank.attempt,
+        resumed_from: rank.resumed_from,
+        world_size: rank.collective.world_size(),
+        lanes: rank.config.train.lanes,
+        steps,
+        params: rank.stepper.model.numel() as u64,
+        time: now(),
+    })?;
+    for step in rank.resumed_from.unwrap_or(0) + 1..=steps {
+        let signal = if rank.stop.is_raised() { STOP } else { 0 } | rank.saver.signal();
+        let report = rank.stepper.step(step, &mut || rank.batches.next(), signal)?;
+        let stop = report.signals.iter().any(|signal| signal & STOP != 0);
+        let due = |every: u64| every > 0 && (step % every == 0 || step == steps);
+
+        meter.count(&report);
+        if due(rank.config.log.every_steps) || stop {
+            meter.report(rank, step, &report)?;
+        }
+        let saved = rank.saver.advance(&report.signals, &rank.record)?;
+        rank.announce(saved)?;
+        if let Some(grid) = grid.as_mut().filter(|_| due(rank.config.sample.every_steps)) {
+            grid.draw(rank, step)?;
+        }
+        if due(rank.config.checkpoint.every_steps) || stop {
+            let saved = rank.saver.save(step, &rank.stepper.buckets, &rank.record)?;
+            rank.announce(saved)?;
+        }
+        if stop && step < steps {
+            let saved = rank.saver.finish(&rank.record)?;
+            rank.announce(saved)?;
+            rank.tell(|_| Event::Stop { step, reason: "asked to stop".to_owned(), time: now() })?;
+            return Ok(Outcome::Stopped);
+        }
+    }
+    let saved = rank.saver.finish(&rank.record)?;
+    rank.announce(saved)?;
+    rank.tell(|_| Event::Done { step: steps, time: now() })?;
+    Ok(Outcome::Done)
+}
+
+impl Rank {
+    /// Tells the journal of an event; ranks other than 0 have none.
+    pub(super) fn tell(&mut self, event: impl FnOnce(&Rank) -> Event) -> Result<()> {
+        if self.journal.is_none() {
+            return Ok(());
+        }
+        let event = event(self);
+        if let Some(journal) = &mut self.journal {
+            journal.event(&event)?;
+            if !matches!(event, Event::Step { .. }) {
+                journal.sync()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn announce(&mut self, saved: Option<Saved>) -> Result<()> {
+        let Some(Saved { step, key }) = saved else { return Ok(()) };
+        self.tell(|rank| {
+            let url = format!("{}/{key}", redact(&rank.config.run.url).trim_end_matches('/'));
+            Event::Checkpoint { step, url, time: now() }
+        })
+    }
+}
+
+/// Rates between two log lines, and the loss averaged over the steps between them.
+struct Meter {
+    since: Instant,
+    steps: u64,
+    data_wait: Duration,
+    /// FLOP/s of a plain matrix product here, which MFU is a share of; 0 where nobody asks.
+    gemm_rate: f64,
+}
+
+impl Meter {
+    fn start(rank: &Rank) -> Self {
+        let gemm_rate = if rank.journal.is_some() { measured_gemm_rate(rank.device) } else { 0.0 };
+        Self { since: Instant::now(), steps: 0, data_wait: Duration::ZERO, gemm_rate }
+    }
+
+    fn count(&mut self, report: &StepReport) {
+        self.steps += 1;
+        self.data_wait += report.data_wait;
+    }
+
+    fn report(&mut self, rank: &mut Rank, step: u64, report: &StepReport) -> Result<()> {
+        let elapsed = self.since.elapsed().as_secs_f64().max(1e-9);
+        let images_per_s = (self.steps * rank.config.global_batch() as u64) as f64 / elapsed;
+        // Forward and backward cost three forward passes; a multiply-add is two operations.
+        let flop_per_s = images_per_s * 6.0 * rank.stepper.model.macs_per_sample() as f64;
+        let peak = self.gemm_rate * rank.collective.world_size() as f64;
+        let part = |name: &str| report.parts.iter().find(|part| part.0 == name).map(|part| part.1);
+        let (steps, gemm_rate) = (rank.config.train.steps, self.gemm_rate);
+        let (made, data_wait) = (self.steps, self.data_wait.as_secs_f64());
+        rank.tell(|rank| Event::Step {
+            step,
+            steps,
+            epoch: step / rank.steps_per_epoch,
+            loss: report.loss,
+            mse: part("mse").unwrap_or(report.loss),
+            vb: part("vb"),
+            lr: report.lr,
+            grad_norm: report.grad_norm,
+            images_per_s,
+            data_wait_share: data_wait / elapsed,
+            eta_s: (steps - step) as f64 * elapsed / made as f64,
+            mfu: (peak > 0.0).then(|| flop_per_s / peak),
+            time: now(),
+        })?;
+        *self = Self { since: Instant::now(), steps: 0, data_wait: Duration::ZERO, gemm_rate };
+        Ok(())
+    }
+}

@@ -1,0 +1,318 @@
+//! Checkpoints while the run goes on: the step loop pays for a copy, a thread of each rank uploads, and when all ranks
+//! have uploaded, rank 0 commits.
+
+use super::bucket::{Bucket, Buckets, Entry};
+use anyhow::{Context, Result, anyhow, bail};
+use checkpoint::{Commit, Manifest, ReadInto, RunStore, ShardId, ShardRecord, Slice};
+use collective::Collective;
+use serde_json::Value;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+use tch::Tensor;
+
+/// Bit of a rank's step signal: its shard of the checkpoint under way is uploaded (or has failed to).
+pub const UPLOADED: u32 = 2;
+/// Bit of a rank's step signal: a commit failed on rank 0.
+pub const COMMIT_FAILED: u32 = 4;
+
+/// Saves checkpoints of one run. All ranks make the same calls after the same steps.
+pub struct Saver {
+    collective: Arc<dyn Collective>,
+    attempt: u32,
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    state: State,
+}
+
+enum State {
+    Idle,
+    Uploading { step: u64, result: Receiver<Result<ShardRecord>>, done: Option<Result<ShardRecord>> },
+    /// Rank 0 waits for its commit; for the other ranks the checkpoint is over.
+    Committing { step: u64, result: Receiver<Result<Manifest>>, done: Option<Result<Manifest>> },
+}
+
+enum Job {
+    Upload { id: ShardId, snapshot: Snapshot, result: Sender<Result<ShardRecord>> },
+    Commit { commit: Commit, result: Sender<Result<Manifest>> },
+}
+
+/// A checkpoint that was committed, as rank 0 learns it.
+pub struct Saved {
+    /// Its step.
+    pub step: u64,
+    /// Its manifest's key in the run folder.
+    pub key: String,
+}
+
+impl Saver {
+    /// A saver of `attempt` that keeps the newest `keep_last` checkpoints.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start(collective: Arc<dyn Collective>, store: RunStore, attempt: u32, keep_last: usize) -> Result<Self> {
+        let (jobs, queue) = channel();
+        let thread = std::thread::Builder::new().name("checkpoint".to_owned());
+        let thread = thread.spawn(move || work(&store, keep_last, queue)).context("no thread for checkpoints")?;
+        Ok(Self { collective, attempt, jobs: Some(jobs), thread: Some(thread), state: State::Idle })
+    }
+
+    /// This rank's part of the next step's signal.
+    pub fn signal(&mut self) -> u32 {
+        match &mut self.state {
+            State::Idle => 0,
+            State::Uploading { result, done, .. } => {
+                poll(result, done);
+                if done.is_some() { UPLOADED } else { 0 }
+            }
+            State::Committing { result, done, .. } => {
+                poll(result, done);
+                if matches!(done, Some(Err(_))) { COMMIT_FAILED } else { 0 }
+            }
+        }
+    }
+
+    /// Acts on what all ranks signalled in a step; gives the checkpoint that has been committed meanwhile (on rank 0).
+    ///
+    /// # Errors
+    /// What made any rank's upload or the commit fail, on every rank.
+    pub fn advance(&mut self, signals: &[u32], config: &Value) -> Result<Option<Saved>> {
+        if signals.iter().any(|signal| signal & COMMIT_FAILED != 0) {
+            return self.finish(config);
+        }
+        if matches!(self.state, State::Uploading { .. }) && signals.iter().all(|signal| signal & UPLOADED != 0) {
+            self.collect(config)?;
+        }
+        if let State::Committing { step, done: Some(Ok(manifest)), .. } = &self.state {
+            let saved = Saved { step: *step, key: manifest.key() };
+            self.state = State::Idle;
+            return Ok(Some(saved));
+        }
+        Ok(None)
+    }
+
+    /// Starts a checkpoint of `step`: copies this rank's shards and returns. A checkpoint still under way is finished
+    /// first, so that no more than one copy is ever held.
+    ///
+    /// # Errors
+    /// As [`Saver::finish`].
+    pub fn save(&mut self, step: u64, buckets: &Buckets, config: &Value) -> Result<Option<Saved>> {
+        let earlier = self.finish(config)?;
+        let snapshot = Snapshot::of(buckets)?;
+        let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
+        let (sender, result) = channel();
+        let id = ShardId { attempt: self.attempt, step, rank, world_size };
+        self.submit(Job::Upload { id, snapshot, result: sender })?;
+        self.state = State::Uploading { step, result, done: None };
+        Ok(earlier)
+    }
+
+    /// Waits until the checkpoint under way is committed, on every rank; gives it on rank 0.
+    ///
+    /// # Errors
+    /// What made any rank's upload or the commit fail, on every rank.
+    pub fn finish(&mut self, config: &Value) -> Result<Option<Saved>> {
+        if let State::Uploading { result, done, .. } = &mut self.state {
+            wait(result, done);
+            self.collect(config)?;
+        }
+        let mut saved = None;
+        let mut outcome = String::new();
+        if let State::Committing { step, mut result, mut done } = std::mem::replace(&mut self.state, State::Idle) {
+            wait(&mut result, &mut done);
+            match done {
+                Some(Ok(manifest)) => saved = Some(Saved { step, key: manifest.key() }),
+                Some(Err(error)) => outcome = format!("{error:#}"),
+                None => outcome = "the checkpoint thread ended".to_owned(),
+            }
+        }
+        let outcomes = self.collective.gather_bytes(outcome.as_bytes()).context("agreeing on a checkpoint")?;
+        match outcomes.first() {
+            Some(failure) if !failure.is_empty() => {
+                bail!("the checkpoint could not be committed: {}", String::from_utf8_lossy(failure))
+            }
+            _ => Ok(saved),
+        }
+    }
+
+    /// Gathers all ranks' shard records; rank 0 goes on to commit.
+    fn collect(&mut self, config: &Value) -> Result<()> {
+        let State::Uploading { step, done, .. } = std::mem::replace(&mut self.state, State::Idle) else {
+            return Ok(());
+        };
+        // A message is the record as JSON, or "!" and why there is none.
+        let message = match done {
+            Some(Ok(record)) => serde_json::to_vec(&record)?,
+            Some(Err(error)) => format!("!{error:#}").into_bytes(),
+            None => b"!the checkpoint thread ended".to_vec(),
+        };
+        let mut shards = Vec::new();
+        for (rank, message) in self.collective.gather_bytes(&message)?.into_iter().enumerate() {
+            if let Some(reason) = message.strip_prefix(b"!") {
+                bail!("rank {rank}, step {step}, phase checkpoint: {}", String::from_utf8_lossy(reason));
+            }
+            shards.push(serde_json::from_slice::<ShardRecord>(&message).context("a shard record of another rank")?);
+        }
+        if self.collective.rank() == 0 {
+            let (sender, result) = channel();
+            let commit = Commit {
+                attempt: self.attempt,
+                step,
+                optimizer_step: step,
+                config: config.clone(),
+                decision_log: Value::Array(Vec::new()),
+                shards,
+            };
+            self.submit(Job::Commit { commit, result: sender })?;
+            self.state = State::Committing { step, result, done: None };
+        }
+        Ok(())
+    }
+
+    fn submit(&self, job: Job) -> Result<()> {
+        let jobs = self.jobs.as_ref().ok_or_else(|| anyhow!("the saver was stopped"))?;
+        jobs.send(job).map_err(|_| anyhow!("the checkpoint thread ended"))
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn poll<T>(result: &mut Receiver<Result<T>>, done: &mut Option<Result<T>>) {
+    if done.is_none() {
+        *done = match result.try_recv() {
+            Ok(value) => Some(value),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Err(anyhow!("the checkpoint thread ended"))),
+        };
+    }
+}
+
+fn wait<T>(result: &mut Receiver<Result<T>>, done: &mut Option<Result<T>>) {
+    if done.is_none() {
+        // Store operations are bounded in time, so this is too.
+        *done = result.recv().ok();
+    }
+}
+
+fn work(store: &RunStore, keep_last: usize, queue: Receiver<Job>) {
+    for job in queue {
+        // A receiver that is gone belongs to a run that has already failed.
+        match job {
+            Job::Upload { id, snapshot, result } => {
+                let _ = result.send(store.write_shard(&id, &snapshot.slices()).map_err(Into::into));
+            }
+            Job::Commit { commit, result } => {
+                let _ = result.send(store.commit(commit).map_err(Into::into));
+                if let Err(error) = store.retain(keep_last) {
+                    eprintln!("trainer: warning: old checkpoints were not removed: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// A copy of this rank's shards in host memory.
+struct Snapshot(Vec<Piece>);
+
+/// The owned elements of one section of one bucket.
+struct Piece {
+    values: Vec<f32>,
+    entries: Vec<SnapshotEntry>,
+}
+
+struct SnapshotEntry {
+    name: String,
+    shape: Vec<usize>,
+    start_numel: usize,
+    range: std::ops::Range<usize>,
+}
+
+/// The sections of a checkpoint: prefix, which tensor of a bucket (its owned shard), trainable parameters only.
+type Section = (&'static str, fn(&Bucket) -> Tensor, bool);
+const SECTIONS: [Section; 4] = [
+    ("model/", Bucket::params_shard, false),
+    ("ema/", |bucket| bucket.ema.shallow_clone(), false),
+    ("adamw/exp_avg/", |bucket| bucket.exp_avg.shallow_clone(), true),
+    ("adamw/exp_avg_sq/", |bucket| bucket.exp_avg_sq.shallow_clone(), true),
+];
+
+/// The entries of a bucket that this rank owns elements of, in one section.
+fn owned_entries(bucket: &Bucket, prefix: &str, trainable_only: bool) -> Vec<SnapshotEntry> {
+    let shard = &bucket.shard;
+    let owned = |entry: &Entry| {
+        let (whole, first) = (entry.range(), entry.range().start.max(shard.start));
+        let end = whole.end.min(shard.end);
+        (first < end && (entry.spec.trainable || !trainable_only)).then(|| SnapshotEntry {
+            name: format!("{prefix}{}", entry.name),
+            shape: entry.spec.shape.iter().map(|&side| side as usize).collect(),
+            start_numel: first - whole.start,
+            range: first - shard.start..end - shard.start,
+        })
+    };
+    bucket.layout.entries.iter().filter_map(owned).collect()
+}
+
+impl Snapshot {
+    fn of(buckets: &Buckets) -> Result<Self> {
+        let mut pieces = Vec::with_capacity(buckets.0.len() * SECTIONS.len());
+        for bucket in &buckets.0 {
+            for (prefix, tensor, trainable_only) in SECTIONS {
+                let values = Vec::<f32>::try_from(tensor(bucket)).context("copying a shard for a checkpoint")?;
+                pieces.push(Piece { values, entries: owned_entries(bucket, prefix, trainable_only) });
+            }
+        }
+        Ok(Self(pieces))
+    }
+
+    fn slices(&self) -> Vec<Slice<'_>> {
+        let mut slices = Vec::new();
+        for piece in &self.0 {
+            slices.extend(piece.entries.iter().map(|entry| Slice {
+                name: &entry.name,
+                shape: &entry.shape,
+                start_numel: entry.start_numel,
+                data: &piece.values[entry.range.clone()],
+            }));
+        }
+        slices
+    }
+}
+
+/// Fills this rank's shards from a checkpoint of any world size. The other ranks' weights are not read: gather them.
+///
+/// # Errors
+/// A damaged or missing object, or a tensor of another name or shape than the model's.
+pub fn restore(store: &RunStore, manifest: &Manifest, buckets: &Buckets) -> Result<()> {
+    let reader = store.read(manifest);
+    for bucket in &buckets.0 {
+        for (prefix, tensor, trainable_only) in SECTIONS {
+            let target = tensor(bucket);
+            let mut values = vec![0f32; bucket.shard.len()];
+            let entries = owned_entries(bucket, prefix, trainable_only);
+            let mut requests = Vec::with_capacity(entries.len());
+            // Entries ascend, so the shard can be cut into one output an entry; padding in between stays zero.
+            let (mut rest, mut position) = (&mut values[..], 0);
+            for entry in &entries {
+                let found = reader.shape(&entry.name);
+                if found != Some(&entry.shape[..]) {
+                    let (step, name) = (manifest.step, &entry.name);
+                    bail!("checkpoint of step {step}: `{name}` has shape {found:?}; expected {:?}", entry.shape);
+                }
+                let (_, from_entry) = rest.split_at_mut(entry.range.start - position);
+                let (out, after) = from_entry.split_at_mut(entry.range.len());
+                requests.push(ReadInto { name: &entry.name, start_numel: entry.start_numel, out });
+                (rest, position) = (after, entry.range.end);
+            }
+            reader.read_into(&mut requests)?;
+            tch::no_grad(|| target.shallow_clone().copy_(&Tensor::from_slice(&values)));
+        }
+    }
+    Ok(())
+}

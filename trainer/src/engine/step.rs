@@ -1,0 +1,69 @@
+//! One optimizer update: batch, objective, segments, reduction, update.
+
+use super::stepper::{StepError, StepReport, Stepper};
+use super::tape::{Backward, Tape};
+use crate::ffi;
+use crate::model::Flow;
+use data_loader::{DataError, MicroBatch};
+use std::time::{Duration, Instant};
+
+/// Where a rank's micro-batches come from, in the order (step, lane).
+pub type NextBatch<'a> = &'a mut dyn FnMut() -> Result<MicroBatch, DataError>;
+
+impl Stepper {
+    /// Makes step `step` (which counts from 1) over this rank's lanes, one after the other. Every rank learns every
+    /// rank's `signal`, so that all of them act on it after the same step.
+    ///
+    /// # Errors
+    /// [`StepError`]; nothing was updated then.
+    pub fn step(&mut self, step: u64, next_batch: NextBatch, signal: u32) -> Result<StepReport, StepError> {
+        let mut data_wait = Duration::ZERO;
+        let mut losses = Vec::with_capacity(self.experiment.block.len);
+        for lane in self.experiment.block.range() {
+            let asked = Instant::now();
+            let batch = next_batch().map_err(|source| StepError::Data { rank: self.collective.rank(), step, source })?;
+            data_wait += asked.elapsed();
+
+            let (x_start, labels) = self.to_device(&batch);
+            let noised = self.objective.noise(x_start, self.experiment.seed, batch.step, lane);
+            let tape = self.forward(step, self.model.input(&noised.x_t, &noised.model_t, &labels))?;
+
+            let output = tape.output();
+            let loss = self.objective.loss(&output, &noised);
+            let output_grad = self.torch(step, "loss", ffi::grad_of_scalar(&loss.total, &output))?;
+            self.backward(step, tape.into_backward(output_grad))?;
+            losses.push(loss);
+        }
+        let grads = self.reducer.finish(&*self.collective);
+        let grads = self.wire(step, "reduce", grads)?;
+        let report = self.agree(step, &losses, &grads, data_wait, signal)?;
+        self.torch(step, "update", self.optimizer.update(&self.buckets.0, &grads, step))?;
+        let gathering = self.gather_weights();
+        self.wire(step, "update", gathering)?;
+        Ok(report)
+    }
+
+    /// Runs the chain; each segment waits until its weights have come back from the last update.
+    fn forward(&mut self, step: u64, input: Flow) -> Result<Tape, StepError> {
+        let mut tape = Tape::new(&*self.model, input);
+        for index in 0..self.buckets.0.len() {
+            let complete = self.wait_for_weights(index);
+            self.wire(step, "forward", complete)?;
+            tape.forward(&*self.model.segments()[index], &self.buckets.0[index].weights);
+        }
+        Ok(tape)
+    }
+
+    /// Runs the chain backwards; in the last lane each finished bucket is on the wire while the next segment computes.
+    fn backward(&mut self, step: u64, mut backward: Backward) -> Result<(), StepError> {
+        for index in (0..self.buckets.0.len()).rev() {
+            let bucket = &self.buckets.0[index];
+            let grads = self.torch(step, "backward", backward.segment(&bucket.trainable))?;
+            if let Some(block) = self.sums[index].push(&bucket.layout, grads) {
+                let started = self.reducer.start(&*self.collective, index, block);
+                self.wire(step, "reduce", started)?;
+            }
+        }
+        Ok(())
+    }
+}

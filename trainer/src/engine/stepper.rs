@@ -1,0 +1,260 @@
+//! What a rank needs to make steps, and the parts of a step that are not the step itself.
+
+use super::bucket::{Buckets, slice, view_of};
+use super::optimizer::Optimizer;
+use super::reducer::Reducer;
+use super::tree::{LaneSum, sum_lanes};
+use crate::diffusion::{LossTerms, Objective};
+use crate::ffi::{TorchError, region};
+use crate::model::{Model, WeightSet};
+use collective::{Collective, CollectiveError, Pending};
+use configs::lanes::LaneBlock;
+use data_loader::draws::{Key, Purpose};
+use data_loader::{DataError, MicroBatch};
+use rand_distr::{Bernoulli, Distribution};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tch::{Device, Kind, Tensor};
+
+/// What defines the experiment for one rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Experiment {
+    /// The experiment's seed.
+    pub seed: u64,
+    /// Lanes of the experiment.
+    pub lanes: usize,
+    /// The lanes of this rank.
+    pub block: LaneBlock,
+    /// Where this rank computes.
+    pub device: Device,
+}
+
+/// Everything a rank needs to make steps.
+pub struct Stepper {
+    /// The denoiser.
+    pub model: Arc<dyn Model>,
+    /// What it is trained to do.
+    pub objective: Box<dyn Objective>,
+    /// Weights and what goes with them.
+    pub buckets: Buckets,
+    /// The update rule.
+    pub optimizer: Optimizer,
+    pub(super) collective: Arc<dyn Collective>,
+    pub(super) experiment: Experiment,
+    pub(super) sums: Vec<LaneSum>,
+    pub(super) reducer: Reducer,
+    /// The weights of a bucket that are still coming back after an update.
+    gathers: Vec<Option<Pending>>,
+}
+
+/// What a step reports; the same on every rank but for the time waited.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// Mean loss over all lanes.
+    pub loss: f64,
+    /// Means of the loss's parts.
+    pub parts: Vec<(&'static str, f64)>,
+    /// Norm of the mean gradient.
+    pub grad_norm: f64,
+    /// Learning rate that was used.
+    pub lr: f64,
+    /// Time this rank waited for data.
+    pub data_wait: Duration,
+    /// The signal of every rank, see [`Stepper::step`].
+    pub signals: Vec<u32>,
+}
+
+/// Why a step was not made. Weights, moments and EMA are those of the step before.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum StepError {
+    #[error("rank {rank}, step {step}, phase data: {source}")]
+    Data { rank: usize, step: u64, source: DataError },
+    #[error("rank {rank}, step {step}, phase {phase}: {source}")]
+    Torch { rank: usize, step: u64, phase: &'static str, source: TorchError },
+    #[error("step {step}, phase {phase}: {source}")]
+    Collective { step: u64, phase: &'static str, source: CollectiveError },
+    #[error(
+        "step {step}: {what} is not finite; nothing was updated. Lower `optimizer.lr`, or look at the data of that lane \
+         (`latents verify`); the run resumes from its last checkpoint"
+    )]
+    NonFinite { step: u64, what: String },
+}
+
+impl Stepper {
+    /// A stepper over `buckets`, which belong to `model` and this rank's block of lanes.
+    pub fn new(
+        model: Arc<dyn Model>,
+        objective: Box<dyn Objective>,
+        buckets: Buckets,
+        optimizer: Optimizer,
+        collective: Arc<dyn Collective>,
+        experiment: Experiment,
+    ) -> Self {
+        let Experiment { lanes, block, device, .. } = experiment;
+        let sum = |bucket: &super::bucket::Bucket| LaneSum::new(&bucket.layout, block.len, device);
+        Self {
+            sums: buckets.0.iter().map(sum).collect(),
+            reducer: Reducer::new(&buckets.0, lanes, collective.world_size()),
+            gathers: buckets.0.iter().map(|_| None).collect(),
+            model,
+            objective,
+            buckets,
+            optimizer,
+            collective,
+            experiment,
+        }
+    }
+
+    /// The micro-batch on the device, with this lane's labels dropped.
+    ///
+    /// # Shapes
+    /// x_start [micro_batch, C, H, W], labels [micro_batch].
+    pub(super) fn to_device(&self, batch: &MicroBatch) -> (Tensor, Tensor) {
+        let Experiment { seed, device, .. } = self.experiment;
+        let shape: Vec<i64> = std::iter::once(-1).chain(self.model.latent_shape().iter().copied()).collect();
+        let x_start = Tensor::from_slice(&batch.x_start).view(shape.as_slice()).to_device(device);
+        let mut labels = batch.labels.clone();
+        let dropout = Bernoulli::new(self.model.label_dropout());
+        if let (Some(null_label), Ok(dropout)) = (self.model.null_label(), dropout) {
+            let mut rng = Key::new(seed, Purpose::LabelDrop, batch.step).lane(batch.lane).rng();
+            for label in &mut labels {
+                if dropout.sample(&mut rng) {
+                    *label = null_label;
+                }
+            }
+        }
+        (x_start, Tensor::from_slice(&labels).to_device(device))
+    }
+
+    /// Lets all ranks agree on losses, gradient norm and signals, and refuses a step that is not finite. The one wait
+    /// for the device in a step: nothing may be updated before the norm is known to be finite.
+    pub(super) fn agree(
+        &self,
+        step: u64,
+        losses: &[LossTerms],
+        grads: &[Tensor],
+        data_wait: Duration,
+        signal: u32,
+    ) -> Result<StepReport, StepError> {
+        let Experiment { lanes, block, .. } = self.experiment;
+        let names: Vec<&'static str> = losses.first().map(|l| l.parts.iter().map(|p| p.0).collect()).unwrap_or_default();
+        let terms = 1 + names.len();
+        // One row of values a lane: the loss, its parts, and the squared norm of its finest shard of every bucket.
+        let of_lane = |loss: &LossTerms| {
+            let parts = loss.parts.iter().map(|(_, part)| part.to_kind(Kind::Double));
+            std::iter::once(loss.total.detach().to_kind(Kind::Double)).chain(parts).collect::<Vec<_>>()
+        };
+        let mut values: Vec<Tensor> = losses.iter().flat_map(of_lane).collect();
+        for (bucket, grad) in self.buckets.0.iter().zip(grads) {
+            let finest = bucket.layout.finest_numel;
+            let square = |i| slice(grad, &(i * finest..(i + 1) * finest)).square().sum(Kind::Double);
+            values.extend((0..block.len).map(square));
+        }
+        let stacked = Tensor::stack(&values, 0).to_device(Device::Cpu);
+        let mut message = Vec::<f64>::try_from(&stacked).map_err(|error| StepError::Torch {
+            rank: self.collective.rank(),
+            step,
+            phase: "reduce",
+            source: TorchError(error.to_string()),
+        })?;
+        message.push(f64::from(signal));
+        let width = message.len();
+        let all = self.wire(step, "reduce", self.collective.gather_values(message))?;
+
+        let rank_of = |lane: usize| lane / block.len;
+        let loss_of = |lane: usize, term: usize| all[rank_of(lane) * width + lane % block.len * terms + term];
+        let square_of = |bucket: usize, lane: usize| {
+            all[rank_of(lane) * width + block.len * (terms + bucket) + lane % block.len]
+        };
+        let over_lanes = |value: &dyn Fn(usize) -> f64| (0..lanes).map(value).collect::<Vec<f64>>();
+        let mean = |term: usize| sum_lanes(&over_lanes(&|lane| loss_of(lane, term))) / lanes as f64;
+        let bucket_squares = (0..grads.len()).map(|bucket| sum_lanes(&over_lanes(&|lane| square_of(bucket, lane))));
+        let bucket_squares: Vec<f64> = bucket_squares.collect();
+
+        let culprit = (0..lanes).find(|&lane| !loss_of(lane, 0).is_finite());
+        if let Some(lane) = culprit {
+            let what = format!("the loss of lane {lane} (rank {}) is {}, which", rank_of(lane), loss_of(lane, 0));
+            return Err(StepError::NonFinite { step, what });
+        }
+        if let Some(bucket) = bucket_squares.iter().position(|square| !square.is_finite()) {
+            let name = &self.buckets.0[bucket].layout.entries[0].name;
+            let what = format!("the gradient in the segment of `{name}`");
+            return Err(StepError::NonFinite { step, what });
+        }
+        Ok(StepReport {
+            loss: mean(0),
+            parts: names.into_iter().enumerate().map(|(i, name)| (name, mean(i + 1))).collect(),
+            grad_norm: bucket_squares.iter().sum::<f64>().sqrt(),
+            lr: self.optimizer.schedule.at(step),
+            data_wait,
+            signals: all.chunks(width).map(|rank| rank[width - 1] as u32).collect(),
+        })
+    }
+
+    /// Starts bringing every rank's updated shard of every bucket back to all ranks, in the order of the next forward.
+    ///
+    /// # Errors
+    /// See [`Collective::start`].
+    pub fn gather_weights(&mut self) -> Result<(), CollectiveError> {
+        if self.collective.world_size() > 1 {
+            for (bucket, gather) in self.buckets.0.iter().zip(&mut self.gathers) {
+                *gather = Some(self.collective.all_gather(None, region(&bucket.params))?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the weights of bucket `index` are complete on this rank.
+    ///
+    /// # Errors
+    /// See [`Pending::wait`].
+    pub fn wait_for_weights(&mut self, index: usize) -> Result<(), CollectiveError> {
+        match self.gathers[index].take() {
+            Some(gather) => gather.wait(self.collective.deadline()).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
+    /// The whole EMA on every rank, for sampling. All ranks call it together.
+    ///
+    /// # Errors
+    /// What the collective reports.
+    pub fn gather_ema(&self) -> Result<WeightSet, CollectiveError> {
+        let mut named = HashMap::new();
+        for bucket in &self.buckets.0 {
+            let whole = Tensor::zeros([bucket.layout.numel as i64], (Kind::Float, self.experiment.device));
+            if self.collective.world_size() > 1 {
+                let gather = self.collective.all_gather(Some(region(&bucket.ema)), region(&whole))?;
+                gather.wait(self.collective.deadline())?;
+            } else {
+                whole.shallow_clone().copy_(&bucket.ema);
+            }
+            named.extend(bucket.layout.entries.iter().map(|entry| (entry.name.clone(), view_of(&whole, entry))));
+        }
+        WeightSet::from_named(&*self.model, named).map_err(|error| CollectiveError::Backend {
+            rank: self.collective.rank(),
+            op: "all_gather",
+            reason: error.to_string(),
+        })
+    }
+
+    pub(super) fn wire<T>(
+        &self,
+        step: u64,
+        phase: &'static str,
+        result: Result<T, CollectiveError>,
+    ) -> Result<T, StepError> {
+        result.map_err(|source| StepError::Collective { step, phase, source })
+    }
+
+    pub(super) fn torch<T>(
+        &self,
+        step: u64,
+        phase: &'static str,
+        result: Result<T, TorchError>,
+    ) -> Result<T, StepError> {
+        result.map_err(|source| StepError::Torch { rank: self.collective.rank(), step, phase, source })
+    }
+}

@@ -1,0 +1,93 @@
+//! Forward and backward through the chain of segments, one segment's graph at a time.
+
+use crate::ffi::{self, TorchError};
+use crate::model::{Flow, Model, Segment, Weights, no_probe};
+use tch::Tensor;
+
+/// The inputs and outputs of every segment of one forward pass; each output's graph ends at its own inputs.
+pub struct Tape {
+    records: Vec<Record>,
+}
+
+struct Record {
+    input: Flow,
+    output: Flow,
+}
+
+/// The gradients that flow from segment to segment while a tape is run backwards.
+pub struct Backward {
+    records: Vec<Record>,
+    state: Vec<Tensor>,
+    context: Vec<Tensor>,
+}
+
+impl Tape {
+    /// Starts a tape with the flow into the first segment.
+    pub fn new(model: &dyn Model, input: Flow) -> Self {
+        let mut records = Vec::with_capacity(model.segments().len() + 1);
+        records.push(Record { input: Flow::default(), output: input });
+        Self { records }
+    }
+
+    /// Runs the next segment.
+    pub fn forward(&mut self, segment: &dyn Segment, weights: &Weights) {
+        let Some(previous) = self.records.last() else { return };
+        let first = self.records.len() == 1;
+        // The data that enter the first segment need no gradient; everything between two segments does.
+        let leaf = |tensor: &Tensor| if first { tensor.detach() } else { tensor.detach().set_requires_grad(true) };
+        let context = if previous.output.context.is_empty() { &previous.input.context } else { &previous.output.context };
+        let input = Flow {
+            state: previous.output.state.iter().map(leaf).collect(),
+            context: context.iter().map(leaf).collect(),
+        };
+        let output = segment.forward(weights, &input, &mut no_probe);
+        self.records.push(Record { input, output });
+    }
+
+    /// The chain's output as a leaf of the loss's graph.
+    pub fn output(&self) -> Tensor {
+        let last = self.records.last().and_then(|record| record.output.state.first());
+        last.map_or_else(Tensor::new, |output| output.detach().set_requires_grad(true))
+    }
+
+    /// Ends the forward pass; `grad` is the gradient of the loss with respect to [`Tape::output`].
+    pub fn into_backward(self, grad: Tensor) -> Backward {
+        Backward { records: self.records, state: vec![grad], context: Vec::new() }
+    }
+}
+
+impl Backward {
+    /// Runs the last segment not yet run backwards and frees its graph; `parameters` are its trainable ones. Gives
+    /// their gradients (`None` where one takes no part).
+    ///
+    /// # Errors
+    /// What autograd reports.
+    pub fn segment(&mut self, parameters: &[Tensor]) -> Result<Vec<Option<Tensor>>, TorchError> {
+        let Some(Record { input, output }) = self.records.pop() else { return Ok(Vec::new()) };
+        let mut outputs: Vec<&Tensor> = output.state.iter().collect();
+        let mut output_grads: Vec<&Tensor> = self.state.iter().collect();
+        let makes_context = !output.context.is_empty();
+        if makes_context {
+            outputs.extend(&output.context);
+            output_grads.extend(&self.context);
+        }
+        let leaves = |tensors: &[Tensor]| -> Vec<Tensor> {
+            tensors.iter().filter(|tensor| tensor.requires_grad()).map(Tensor::shallow_clone).collect()
+        };
+        let (state, context) = (leaves(&input.state), leaves(&input.context));
+        let inputs: Vec<&Tensor> = parameters.iter().chain(&state).chain(&context).collect();
+        let mut grads = ffi::grad(&outputs, &output_grads, &inputs)?;
+        let or_zero = |(grad, leaf): (Option<Tensor>, &Tensor)| grad.unwrap_or_else(|| leaf.zeros_like());
+        let context_grads = grads.split_off(parameters.len() + state.len());
+        let state_grads = grads.split_off(parameters.len());
+        self.state = state_grads.into_iter().zip(&state).map(or_zero).collect();
+        let context_grads = context_grads.into_iter().zip(&context).map(or_zero);
+        self.context = if makes_context || self.context.is_empty() {
+            context_grads.collect()
+        } else {
+            // Last segment first: a fixed order, so the sum has the same bits on every rank.
+            self.context.iter().zip(context_grads).map(|(sum, grad)| sum + grad).collect()
+        };
+        Ok(grads)
+    }
+}

@@ -1,0 +1,96 @@
+// What tch lacks, each function over at::Tensor pointers as tch holds them. No exception leaves this file: a
+// function returns nullptr, or a message that the caller frees with ditharos_free.
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <exception>
+#include <vector>
+
+namespace {
+
+template <typename Body>
+char* guarded(Body body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return strdup(error.what());
+  } catch (...) {
+    return strdup("unknown C++ exception");
+  }
+}
+
+std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t count) {
+  std::vector<at::Tensor> result;
+  result.reserve(count);
+  for (size_t i = 0; i < count; i++) {
+    result.push_back(tensors[i] ? *tensors[i] : at::Tensor());
+  }
+  return result;
+}
+
+}  // namespace
+
+extern "C" {
+
+void ditharos_free(char* message) { free(message); }
+
+// Gradients of outputs (weighted by grad_outputs; undefined ones mean 1) with respect to inputs. grads receives a new
+// tensor, or nullptr where an input does not take part.
+char* ditharos_grad(at::Tensor* const* outputs, at::Tensor* const* grad_outputs, size_t n_outputs,
+                    at::Tensor* const* inputs, size_t n_inputs, at::Tensor** grads) {
+  return guarded([&] {
+    auto result = torch::autograd::grad(list(outputs, n_outputs), list(inputs, n_inputs), list(grad_outputs, n_outputs),
+                                        /*retain_graph=*/false, /*create_graph=*/false, /*allow_unused=*/true);
+    for (size_t i = 0; i < n_inputs; i++) {
+      grads[i] = result[i].defined() ? new at::Tensor(std::move(result[i])) : nullptr;
+    }
+  });
+}
+
+char* ditharos_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
+                           at::Tensor* const* exp_avg_sqs, size_t count, at::Tensor* step, double lr, double beta1,
+                           double beta2, double eps, double weight_decay) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_fused_adamw_(list(params, count), list(grads, count), list(exp_avgs, count), list(exp_avg_sqs, count),
+                      /*max_exp_avg_sqs=*/{}, std::vector<at::Tensor>(count, *step), lr, beta1, beta2, weight_decay,
+                      eps, /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+char* ditharos_foreach_lerp(at::Tensor* const* self, at::Tensor* const* end, size_t count, double weight) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_lerp_(list(self, count), list(end, count), weight);
+  });
+}
+
+// Deterministic kernels or an error where there is none; no TF32; no benchmark-chosen convolutions.
+char* ditharos_set_deterministic() {
+  return guarded([] {
+    auto& context = at::globalContext();
+    context.setDeterministicAlgorithms(true, /*warn_only=*/false);
+    context.setDeterministicFillUninitializedMemory(false);
+    context.setBenchmarkCuDNN(false);
+    context.setDeterministicCuDNN(true);
+  });
+}
+
+// The linker drops libtorch_cuda because nothing names its symbols; where a driver is present it is mapped here.
+// Returns nullptr when mapped, else why not.
+char* ditharos_load_cuda() {
+  if (!dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL)) {
+    return strdup("no CUDA driver (libcuda.so.1) on this machine");
+  }
+  if (!dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL)) {
+    return strdup(dlerror());
+  }
+  return nullptr;
+}
+}

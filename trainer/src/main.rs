@@ -1,0 +1,40 @@
+//! `trainer`: one rank of a run, and the commands around it.
+
+use clap::{Parser, Subcommand};
+use trainer::{commands, encode};
+
+/// Trains Diffusion Transformers on precomputed latents.
+#[derive(Parser)]
+#[command(name = "trainer", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// One rank of a training run; the launcher starts it.
+    Train(commands::train::TrainArgs),
+    /// Images to a parquet data set of VAE latents.
+    Encode(encode::EncodeArgs),
+    /// Images from a checkpoint.
+    Sample(commands::sample::SampleArgs),
+    /// SHA-256 of a checkpoint's values.
+    Digest(commands::digest::DigestArgs),
+    /// Times the training step on made-up latents.
+    BenchStep(commands::bench_step::BenchStepArgs),
+}
+
+fn main() {
+    let outcome = match Cli::parse().command {
+        Command::Train(args) => commands::train::train(&args),
+        Command::Encode(args) => encode::run(args).map(|()| 0),
+        Command::Sample(args) => commands::sample::sample(&args).map(|()| 0),
+        Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
+        Command::BenchStep(args) => commands::bench_step::bench_step(&args).map(|()| 0),
+    };
+    std::process::exit(outcome.unwrap_or_else(|error| {
+        eprintln!("trainer: error: {error:#}");
+        configs::exit::FAILED
+    }));
+}

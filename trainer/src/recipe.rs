@@ -1,0 +1,181 @@
+//! What a run computes, resolved from config and data set, and recorded in every manifest.
+
+use crate::diffusion::{Objective, Respacing, Schedule, Tables, VariationalEps};
+use crate::model::Model;
+use crate::model::dit::{Dit, DitConfig};
+use configs::RunConfig;
+use data_loader::DatasetMeta;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Model, diffusion and data set of a run. The field names are those of the config's sections, so that it can be read
+/// back out of a manifest's config.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// The model's dimensions, none left open.
+    pub model: DitConfig,
+    /// The diffusion.
+    pub diffusion: DiffusionRecipe,
+    /// What the data set says about itself.
+    pub dataset: DatasetRecord,
+    /// What sampling needs by default.
+    pub sample: SampleRecipe,
+}
+
+/// The diffusion's definition.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiffusionRecipe {
+    /// What is predicted.
+    pub objective: ObjectiveKind,
+    /// Noise schedule.
+    pub schedule: Schedule,
+    /// Original timesteps.
+    pub timesteps: usize,
+}
+
+/// What a model predicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ObjectiveKind {
+    /// The noise.
+    Eps,
+}
+
+/// What makes a data set another one as far as a run is concerned.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DatasetRecord {
+    /// Rows.
+    pub rows: u64,
+    /// `[channels, height, width]`.
+    pub latent_shape: Vec<usize>,
+    /// What latents are multiplied by.
+    pub scaling_factor: f64,
+    /// Digest of the VAE that made the latents.
+    pub vae_digest: Option<String>,
+}
+
+/// Where the VAE is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SampleRecipe {
+    /// AutoencoderKL folder.
+    pub vae: Option<PathBuf>,
+}
+
+/// Config and data set contradict each other, or a manifest's config cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum RecipeError {
+    /// Everything that does not fit.
+    #[error("config and data set do not fit together:\n  {}", .0.join("\n  "))]
+    Contradiction(Vec<String>),
+    /// The manifest has no recipe of this version's form.
+    #[error("the checkpoint's config cannot be read: {0}; it was written by another version of the trainer")]
+    Manifest(#[from] serde_json::Error),
+    /// The model's dimensions.
+    #[error(transparent)]
+    Model(#[from] crate::model::dit::DitConfigError),
+}
+
+impl Recipe {
+    /// Fills in what the config leaves to the data set.
+    ///
+    /// # Errors
+    /// [`RecipeError::Contradiction`] lists every key that contradicts the data set's metadata.
+    pub fn resolve(config: &RunConfig, meta: &DatasetMeta, scaling_factor: f64) -> Result<Self, RecipeError> {
+        let mut problems = Vec::new();
+        let [channels, height, width] = meta.latent_shape[..] else {
+            let problem = format!("the data set's latents have shape {:?}; expected [channels, side, side]", meta.latent_shape);
+            return Err(RecipeError::Contradiction(vec![problem]));
+        };
+        if height != width {
+            problems.push(format!("the data set's latents are {height}×{width}; this model takes square ones"));
+        }
+        let mut settle = |key: &str, wanted: Option<usize>, found: Option<usize>| match (wanted, found) {
+            (Some(wanted), Some(found)) if wanted != found => {
+                problems.push(format!("`model.{key}` = {wanted}, but the data set has {found}; remove the key or change it"));
+                found as i64
+            }
+            (None, None) => {
+                problems.push(format!("`model.{key}` is not set and the data set does not say it; set it"));
+                1
+            }
+            (wanted, found) => found.or(wanted).unwrap_or(1) as i64,
+        };
+        let m = &config.model;
+        let model = DitConfig {
+            input_size: settle("input_size", m.input_size, Some(height)),
+            in_channels: settle("in_channels", m.in_channels, Some(channels)),
+            num_classes: settle("num_classes", m.num_classes, meta.num_classes),
+            patch_size: m.patch_size as i64,
+            hidden_size: m.hidden_size as i64,
+            depth: m.depth as i64,
+            num_heads: m.num_heads as i64,
+            mlp_ratio: m.mlp_ratio,
+            class_dropout_prob: m.class_dropout_prob,
+            learn_sigma: m.learn_sigma,
+        };
+        if problems.is_empty()
+            && let Err(error) = Dit::new(model.clone())
+        {
+            problems.push(error.to_string());
+        }
+        if !problems.is_empty() {
+            return Err(RecipeError::Contradiction(problems));
+        }
+        let objective = match config.diffusion.objective {
+            configs::Objective::Eps => ObjectiveKind::Eps,
+        };
+        let schedule = match config.diffusion.schedule {
+            configs::Schedule::Linear => Schedule::Linear,
+        };
+        Ok(Self {
+            model,
+            diffusion: DiffusionRecipe { objective, schedule, timesteps: config.diffusion.timesteps },
+            dataset: DatasetRecord {
+                rows: meta.rows,
+                latent_shape: meta.latent_shape.clone(),
+                scaling_factor,
+                vae_digest: meta.vae_digest.clone(),
+            },
+            sample: SampleRecipe { vae: config.sample.vae.clone() },
+        })
+    }
+
+    /// Reads the recipe out of a manifest's config.
+    ///
+    /// # Errors
+    /// [`RecipeError::Manifest`].
+    pub fn of_manifest(config: &Value) -> Result<Self, RecipeError> {
+        Ok(Self::deserialize(config)?)
+    }
+
+    /// The config as it goes into manifests: with nothing left open, and what the data set is.
+    pub fn record(&self, config: &RunConfig) -> Value {
+        let mut record = config.to_json();
+        record["model"]["input_size"] = self.model.input_size.into();
+        record["model"]["in_channels"] = self.model.in_channels.into();
+        record["model"]["num_classes"] = self.model.num_classes.into();
+        record["dataset"] = serde_json::to_value(&self.dataset).unwrap_or_default();
+        record
+    }
+
+    /// The model.
+    ///
+    /// # Errors
+    /// When the dimensions do not fit together (a manifest can say anything).
+    pub fn build_model(&self) -> Result<Arc<dyn Model>, RecipeError> {
+        Ok(Arc::new(Dit::new(self.model.clone())?))
+    }
+
+    /// The training objective over all timesteps.
+    pub fn build_objective(&self) -> Box<dyn Objective> {
+        let betas = self.diffusion.schedule.betas(self.diffusion.timesteps);
+        let all: Vec<usize> = Respacing::All.kept(betas.len()).unwrap_or_default();
+        match self.diffusion.objective {
+            ObjectiveKind::Eps => {
+                Box::new(VariationalEps { tables: Tables::new(&betas, &all), learn_sigma: self.model.learn_sigma })
+            }
+        }
+    }
+}

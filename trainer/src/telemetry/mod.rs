@@ -1,0 +1,11 @@
+//! What people see of a run: a JSON-lines log, events for the launcher, TensorBoard files.
+
+mod device_rate;
+mod journal;
+mod run_files;
+mod tensorboard;
+
+pub use device_rate::measured_gemm_rate;
+pub use journal::{Journal, LogSink};
+pub use run_files::{RunFiles, RunFilesError};
+pub use tensorboard::TensorBoard;

@@ -1,0 +1,122 @@
+use super::journal::LogSink;
+use super::run_files::{RunFiles, RunFilesError};
+use configs::events::{Event, now};
+use prost::Message;
+use std::fs::File;
+use std::io::Write;
+
+/// Scalars and images in a TensorBoard event file: one file an attempt, records framed as TFRecord.
+///
+/// # Source
+/// TensorFlow `event.proto`, `summary.proto` (the fields used here) and the TFRecord format: length, masked CRC-32C of
+/// the length, data, masked CRC-32C of the data.
+pub struct TensorBoard {
+    file: File,
+    /// The attempt that is writing, so that a reader can tell resumed parts of a curve.
+    name: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct EventRecord {
+    #[prost(double, tag = "1")]
+    wall_time: f64,
+    #[prost(int64, tag = "2")]
+    step: i64,
+    #[prost(string, optional, tag = "3")]
+    file_version: Option<String>,
+    #[prost(message, optional, tag = "5")]
+    summary: Option<Summary>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Summary {
+    #[prost(message, repeated, tag = "1")]
+    value: Vec<SummaryValue>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SummaryValue {
+    #[prost(string, tag = "1")]
+    tag: String,
+    #[prost(float, optional, tag = "2")]
+    simple_value: Option<f32>,
+    #[prost(message, optional, tag = "4")]
+    image: Option<SummaryImage>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SummaryImage {
+    #[prost(int32, tag = "1")]
+    height: i32,
+    #[prost(int32, tag = "2")]
+    width: i32,
+    #[prost(int32, tag = "3")]
+    colorspace: i32,
+    #[prost(bytes = "vec", tag = "4")]
+    encoded_image_string: Vec<u8>,
+}
+
+impl TensorBoard {
+    /// A new event file of `attempt` in the run folder.
+    ///
+    /// # Errors
+    /// [`RunFilesError`].
+    pub fn create(files: &RunFiles, attempt: u32) -> Result<Self, RunFilesError> {
+        // TensorBoard reads the files of a folder in the order of their names.
+        let name = format!("tensorboard/events.out.tfevents.{:010}.attempt-{attempt:04}", now() as u64);
+        let mut board = Self { file: files.append(&name)?, name };
+        board.record(0, Some("brain.Event:2".to_owned()), Vec::new())?;
+        Ok(board)
+    }
+
+    fn record(
+        &mut self,
+        step: u64,
+        file_version: Option<String>,
+        value: Vec<SummaryValue>,
+    ) -> Result<(), RunFilesError> {
+        let summary = (!value.is_empty()).then_some(Summary { value });
+        let data = EventRecord { wall_time: now(), step: step as i64, file_version, summary }.encode_to_vec();
+        let length = (data.len() as u64).to_le_bytes();
+        let mut framed = Vec::with_capacity(data.len() + 16);
+        framed.extend(length);
+        framed.extend(masked_crc(&length).to_le_bytes());
+        framed.extend(&data);
+        framed.extend(masked_crc(&data).to_le_bytes());
+        self.file.write_all(&framed).map_err(|error| RunFilesError::of(&self.name, error))
+    }
+}
+
+fn masked_crc(bytes: &[u8]) -> u32 {
+    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
+impl LogSink for TensorBoard {
+    fn event(&mut self, event: &Event) -> Result<(), RunFilesError> {
+        let Event::Step { step, epoch, loss, mse, vb, lr, grad_norm, images_per_s, data_wait_share, mfu, .. } = event
+        else {
+            return Ok(());
+        };
+        let scalars = [
+            ("loss/total", Some(*loss)),
+            ("loss/mse", Some(*mse)),
+            ("loss/vb", *vb),
+            ("optimizer/lr", Some(*lr)),
+            ("optimizer/grad_norm", Some(*grad_norm)),
+            ("throughput/images_per_s", Some(*images_per_s)),
+            ("throughput/data_wait_share", Some(*data_wait_share)),
+            ("throughput/mfu", *mfu),
+            ("progress/epoch", Some(*epoch as f64)),
+        ];
+        let value = |(tag, value): (&str, Option<f64>)| {
+            Some(SummaryValue { tag: tag.to_owned(), simple_value: Some(value? as f32), image: None })
+        };
+        self.record(*step, None, scalars.into_iter().filter_map(value).collect())
+    }
+
+    fn image(&mut self, step: u64, tag: &str, png: &[u8], size: (usize, usize)) -> Result<(), RunFilesError> {
+        let (width, height) = (size.0 as i32, size.1 as i32);
+        let image = SummaryImage { height, width, colorspace: 3, encoded_image_string: png.to_vec() };
+        self.record(step, None, vec![SummaryValue { tag: tag.to_owned(), simple_value: None, image: Some(image) }])
+    }
+}
