@@ -10,7 +10,7 @@ use crate::{
     store::RunStore,
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt,
     ops::Bound,
 };
@@ -125,9 +125,11 @@ pub(crate) async fn committed(backend: &Backend) -> Result<Vec<Committed>, Check
         }
     }
     for &(step, attempt) in &commits {
-        if !resumed_from.contains_key(&attempt) {
+        if let Entry::Vacant(unknown) = resumed_from.entry(attempt) {
             match read_manifest(backend, step, attempt).await {
-                Ok(manifest) => drop(resumed_from.insert(attempt, manifest.resumed_from)),
+                Ok(manifest) => {
+                    unknown.insert(manifest.resumed_from);
+                }
                 Err(error) if error.is_damage() => {}
                 Err(error) => return Err(error),
             }

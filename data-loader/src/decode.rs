@@ -137,12 +137,14 @@ impl Flat {
                 }
                 DataType::List(_) => {
                     let lists = at.as_list::<i32>();
-                    uniform(&lists.value_offsets()[start..=start + count], dim).map_err(|(row, length)| found_length(row, length))?;
+                    uniform(&lists.value_offsets()[start..=start + count], dim)
+                        .map_err(|(row, length)| found_length(row, length))?;
                     (lists.value_offsets()[start] as usize, lists.values().clone())
                 }
                 DataType::LargeList(_) => {
                     let lists = at.as_list::<i64>();
-                    uniform(&lists.value_offsets()[start..=start + count], dim).map_err(|(row, length)| found_length(row, length))?;
+                    uniform(&lists.value_offsets()[start..=start + count], dim)
+                        .map_err(|(row, length)| found_length(row, length))?;
                     (lists.value_offsets()[start] as usize, lists.values().clone())
                 }
                 other => return Err(wrong(0, format!("a {other}"))),
@@ -151,8 +153,12 @@ impl Flat {
         }
         refuse_nulls(&at, start, count, per_row, &column.describe())?;
         match (at.data_type(), column.dtype) {
-            (DataType::Float16, Dtype::F16) => Ok(Self::F16(at.as_primitive::<Float16Type>().values().slice(start, count))),
-            (DataType::Float32, Dtype::F32) => Ok(Self::F32(at.as_primitive::<Float32Type>().values().slice(start, count))),
+            (DataType::Float16, Dtype::F16) => {
+                Ok(Self::F16(at.as_primitive::<Float16Type>().values().slice(start, count)))
+            }
+            (DataType::Float32, Dtype::F32) => {
+                Ok(Self::F32(at.as_primitive::<Float32Type>().values().slice(start, count)))
+            }
             (other, _) => Err(wrong(0, format!("of {other}"))),
         }
     }
@@ -192,11 +198,21 @@ impl Flat {
     /// Copies `numel` numbers from `from` on to `out` at `to`.
     pub fn copy(&self, from: usize, numel: usize, out: &mut Numbers, to: usize) {
         match (self, out) {
-            (Self::F16(numbers), Numbers::F16(out)) => out[to..to + numel].copy_from_slice(&numbers[from..from + numel]),
-            (Self::F32(numbers), Numbers::F32(out)) => out[to..to + numel].copy_from_slice(&numbers[from..from + numel]),
-            (Self::Bytes(bytes), Numbers::F16(out)) => fill(&bytes[from * 2..(from + numel) * 2], &mut out[to..to + numel], f16::from_le_bytes),
-            (Self::Bytes(bytes), Numbers::Bf16(out)) => fill(&bytes[from * 2..(from + numel) * 2], &mut out[to..to + numel], bf16::from_le_bytes),
-            (Self::Bytes(bytes), Numbers::F32(out)) => fill(&bytes[from * 4..(from + numel) * 4], &mut out[to..to + numel], f32::from_le_bytes),
+            (Self::F16(numbers), Numbers::F16(out)) => {
+                out[to..to + numel].copy_from_slice(&numbers[from..from + numel])
+            }
+            (Self::F32(numbers), Numbers::F32(out)) => {
+                out[to..to + numel].copy_from_slice(&numbers[from..from + numel])
+            }
+            (Self::Bytes(bytes), Numbers::F16(out)) => {
+                fill(&bytes[from * 2..(from + numel) * 2], &mut out[to..to + numel], f16::from_le_bytes)
+            }
+            (Self::Bytes(bytes), Numbers::Bf16(out)) => {
+                fill(&bytes[from * 2..(from + numel) * 2], &mut out[to..to + numel], bf16::from_le_bytes)
+            }
+            (Self::Bytes(bytes), Numbers::F32(out)) => {
+                fill(&bytes[from * 4..(from + numel) * 4], &mut out[to..to + numel], f32::from_le_bytes)
+            }
             // `of` yields lists only in the column's own dtype.
             _ => unreachable!("a list column is decoded in its own number type"),
         }
@@ -211,7 +227,10 @@ fn fill<T, const N: usize>(bytes: &[u8], out: &mut [T], from_le_bytes: fn([u8; N
 }
 
 /// `Err` with the first stretch between neighbouring offsets that is not `length` long.
-fn uniform<O: Copy + TryInto<usize> + std::ops::Sub<Output = O>>(offsets: &[O], length: usize) -> Result<(), (usize, usize)> {
+fn uniform<O: Copy + TryInto<usize> + std::ops::Sub<Output = O>>(
+    offsets: &[O],
+    length: usize,
+) -> Result<(), (usize, usize)> {
     for (row, pair) in offsets.windows(2).enumerate() {
         let found = (pair[1] - pair[0]).try_into().unwrap_or(usize::MAX);
         if found != length {
@@ -222,7 +241,9 @@ fn uniform<O: Copy + TryInto<usize> + std::ops::Sub<Output = O>>(offsets: &[O], 
 }
 
 fn refuse_nulls(array: &ArrayRef, start: usize, count: usize, per_row: usize, expected: &str) -> Result<(), BadRow> {
-    let Some(nulls) = array.logical_nulls().filter(|nulls| nulls.null_count() > 0) else { return Ok(()) };
+    let Some(nulls) = array.logical_nulls().filter(|nulls| nulls.null_count() > 0) else {
+        return Ok(());
+    };
     match (start..start + count).find(|&at| nulls.is_null(at)) {
         None => Ok(()),
         Some(at) => Err(BadRow { row: (at - start) / per_row, found: "null".into(), expected: expected.into() }),

@@ -5,7 +5,9 @@
 #[non_exhaustive]
 pub enum DataError {
     /// The URL cannot be turned into a store.
-    #[error("{url}: not a data set location that can be opened: {reason}; give a path or a file://, s3://, gs://, az:// or https:// URL")]
+    #[error(
+        "{url}: not a data set location that can be opened: {reason}; give a path or a file://, s3://, gs://, az:// or https:// URL"
+    )]
     Location {
         /// The redacted URL.
         url: String,
@@ -37,7 +39,9 @@ pub enum DataError {
         missing: Vec<String>,
     },
     /// A file is no readable parquet file.
-    #[error("{file}: not a readable parquet file ({file_bytes} bytes): {reason}; the file is damaged or cut short: write it or copy it again")]
+    #[error(
+        "{file}: not a readable parquet file ({file_bytes} bytes): {reason}; the file is damaged or cut short: write it or copy it again"
+    )]
     Damaged {
         /// The redacted URL.
         file: String,
@@ -47,7 +51,9 @@ pub enum DataError {
         reason: String,
     },
     /// A row group of a file cannot be decoded.
-    #[error("{file}: row group {row_group}: cannot be decoded: {reason}; run `latents verify` on the data set and replace the file")]
+    #[error(
+        "{file}: row group {row_group}: cannot be decoded: {reason}; run `latents verify` on the data set and replace the file"
+    )]
     RowGroup {
         /// The redacted URL.
         file: String,
@@ -138,7 +144,9 @@ pub enum DataError {
         reason: String,
     },
     /// A thread of this crate panicked: a defect, or a file that trips the parquet reader.
-    #[error("{place}: the reader panicked: {message}; if `latents verify` passes on this data set, please report it as a bug")]
+    #[error(
+        "{place}: the reader panicked: {message}; if `latents verify` passes on this data set, please report it as a bug"
+    )]
     Panicked {
         /// The file, or what the thread was doing.
         place: String,

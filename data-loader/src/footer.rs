@@ -7,10 +7,10 @@ use futures::FutureExt;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::file::metadata::PageIndexPolicy;
 
+use crate::DataError;
 use crate::columns::Columns;
 use crate::form::{Dtype, Form, READABLE, shape_numel};
 use crate::source::{ObjectReader, SourceFile};
-use crate::DataError;
 
 pub(crate) const SHAPE: &str = "ditharos.latent_shape";
 pub(crate) const SCALING_FACTOR: &str = "ditharos.scaling_factor";
@@ -35,7 +35,8 @@ pub(crate) struct Footer {
 impl Footer {
     /// Reads and checks the footer of a file.
     pub async fn read(file: SourceFile, columns: &Columns) -> Result<Self, DataError> {
-        let damaged = |reason: String| DataError::Damaged { file: file.name.clone(), file_bytes: file.file_bytes, reason };
+        let damaged =
+            |reason: String| DataError::Damaged { file: file.name.clone(), file_bytes: file.file_bytes, reason };
         let mut reader = ObjectReader(file.clone());
         // Offset indexes let a row range fetch only its own pages; files without them are read by whole column chunks.
         let options = ArrowReaderOptions::new().with_offset_index_policy(PageIndexPolicy::Optional);
@@ -52,7 +53,10 @@ impl Footer {
                 let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
                 let end = start.checked_add(column.compressed_size());
                 if start < 0 || column.compressed_size() < 0 || end.is_none_or(|end| end as u64 > file.file_bytes) {
-                    return Err(damaged(format!("column {} of row group {index} lies outside of the file", column.column_path())));
+                    return Err(damaged(format!(
+                        "column {} of row group {index} lies outside of the file",
+                        column.column_path()
+                    )));
                 }
             }
         }
@@ -65,9 +69,16 @@ impl Footer {
     /// Checks that this file can stand in one data set with the `first` one.
     pub fn agrees_with(&self, first: &Footer) -> Result<(), DataError> {
         let differs = |key: String, found: String, expected: String| {
-            Err(DataError::Disagreement { file: self.file.name.clone(), key, found, first_file: first.file.name.clone(), expected })
+            Err(DataError::Disagreement {
+                file: self.file.name.clone(),
+                key,
+                found,
+                first_file: first.file.name.clone(),
+                expected,
+            })
         };
-        let names = |footer: &Footer| footer.latents.iter().map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        let names =
+            |footer: &Footer| footer.latents.iter().map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         if names(self) != names(first) {
             return differs("the set of latent columns".into(), names(self), names(first));
         }
@@ -77,7 +88,8 @@ impl Footer {
             }
         }
         for key in KEYS {
-            let value = |footer: &Footer| footer.keys.get(key).map_or("absent".to_owned(), |value| format!("`{value}`"));
+            let value =
+                |footer: &Footer| footer.keys.get(key).map_or("absent".to_owned(), |value| format!("`{value}`"));
             if self.keys.get(key) != first.keys.get(key) {
                 return differs(format!("metadata key `{key}`"), value(self), value(first));
             }
@@ -87,48 +99,54 @@ impl Footer {
 
     fn bad_key(&self, key: &str, expected: &str) -> DataError {
         let found = self.keys.get(key).map_or("", String::as_str);
-        DataError::Metadata { file: self.file.name.clone(), key: key.into(), reason: format!("found `{found}`; expected {expected}") }
+        DataError::Metadata {
+            file: self.file.name.clone(),
+            key: key.into(),
+            reason: format!("found `{found}`; expected {expected}"),
+        }
     }
 
     /// `ditharos.latent_shape`, if given.
     pub fn shape(&self) -> Result<Option<Vec<usize>>, DataError> {
-        let Some(text) = self.keys.get(SHAPE) else { return Ok(None) };
-        serde_json::from_str::<Vec<usize>>(text)
-            .ok()
-            .filter(|shape| shape_numel(shape).is_some())
-            .map(Some)
-            .ok_or_else(|| self.bad_key(SHAPE, "a JSON array of positive numbers such as [4,32,32], at most 2^28 in all"))
+        let Some(text) = self.keys.get(SHAPE) else {
+            return Ok(None);
+        };
+        serde_json::from_str::<Vec<usize>>(text).ok().filter(|shape| shape_numel(shape).is_some()).map(Some).ok_or_else(
+            || self.bad_key(SHAPE, "a JSON array of positive numbers such as [4,32,32], at most 2^28 in all"),
+        )
     }
 
     /// `ditharos.latent_dtype`, if given.
     pub fn dtype(&self) -> Result<Option<Dtype>, DataError> {
-        let Some(text) = self.keys.get(DTYPE) else { return Ok(None) };
+        let Some(text) = self.keys.get(DTYPE) else {
+            return Ok(None);
+        };
         Dtype::parse(text.trim_matches('"')).map(Some).ok_or_else(|| self.bad_key(DTYPE, "f16, bf16 or f32"))
     }
 
     /// `ditharos.scaling_factor`, if given.
     pub fn scaling_factor(&self) -> Result<Option<f64>, DataError> {
-        let Some(text) = self.keys.get(SCALING_FACTOR) else { return Ok(None) };
+        let Some(text) = self.keys.get(SCALING_FACTOR) else {
+            return Ok(None);
+        };
         let factor = text.trim().parse::<f64>().ok().filter(|factor| factor.is_finite() && *factor > 0.0);
         factor.map(Some).ok_or_else(|| self.bad_key(SCALING_FACTOR, "a positive number"))
     }
 
     /// `ditharos.num_classes`, if given.
     pub fn num_classes(&self) -> Result<Option<usize>, DataError> {
-        let Some(text) = self.keys.get(NUM_CLASSES) else { return Ok(None) };
+        let Some(text) = self.keys.get(NUM_CLASSES) else {
+            return Ok(None);
+        };
         let classes = text.trim().parse::<usize>().ok().filter(|classes| *classes > 0);
         classes.map(Some).ok_or_else(|| self.bad_key(NUM_CLASSES, "a positive whole number"))
     }
 }
 
+/// The keys of the footer, and those that a writer put into the embedded arrow schema instead.
 fn keys(metadata: &ArrowReaderMetadata) -> BTreeMap<&'static str, String> {
-    let mut found = BTreeMap::new();
-    for pair in metadata.metadata().file_metadata().key_value_metadata().into_iter().flatten() {
-        if let (Some(key), Some(value)) = (KEYS.iter().find(|key| **key == pair.key), &pair.value) {
-            found.insert(*key, value.clone());
-        }
-    }
-    found
+    let found = metadata.schema().metadata();
+    KEYS.iter().filter_map(|key| Some((*key, found.get(key)?.clone()))).collect()
 }
 
 type LatentColumns = (Vec<(String, Form)>, bool, bool);
@@ -138,10 +156,22 @@ fn latent_columns(file: &str, metadata: &ArrowReaderMetadata, columns: &Columns)
     let has = |name: &str| schema.column_with_name(name).is_some();
     let moments = has(&columns.latent_mean) && has(&columns.latent_logvar);
     if !moments && !has(&columns.latent) {
-        return Err(missing(file, metadata, format!("`{}`, nor `{}` with `{}`", columns.latent, columns.latent_mean, columns.latent_logvar)));
+        return Err(missing(
+            file,
+            metadata,
+            format!("`{}`, nor `{}` with `{}`", columns.latent, columns.latent_mean, columns.latent_logvar),
+        ));
     }
-    let mut names = if moments { vec![columns.latent_mean.clone(), columns.latent_logvar.clone()] } else { vec![columns.latent.clone()] };
-    let mirrored = if moments { vec![columns.flipped_mean(), columns.flipped_logvar()] } else { vec![columns.latent_flipped.clone()] };
+    let mut names = if moments {
+        vec![columns.latent_mean.clone(), columns.latent_logvar.clone()]
+    } else {
+        vec![columns.latent.clone()]
+    };
+    let mirrored = if moments {
+        vec![columns.flipped_mean(), columns.flipped_logvar()]
+    } else {
+        vec![columns.latent_flipped.clone()]
+    };
     let flipped = mirrored.iter().all(|name| has(name));
     if flipped {
         names.extend(mirrored);
@@ -152,7 +182,12 @@ fn latent_columns(file: &str, metadata: &ArrowReaderMetadata, columns: &Columns)
             let found = schema.field_with_name(&name).map(|field| field.data_type().clone()).unwrap_or(DataType::Null);
             match Form::of(&found) {
                 Some(form) => Ok((name, form)),
-                None => Err(DataError::ColumnType { file: file.into(), column: name, found: found.to_string(), expected: READABLE.into() }),
+                None => Err(DataError::ColumnType {
+                    file: file.into(),
+                    column: name,
+                    found: found.to_string(),
+                    expected: READABLE.into(),
+                }),
             }
         })
         .collect::<Result<Vec<_>, _>>()?;
@@ -171,7 +206,12 @@ fn check_label(file: &str, metadata: &ArrowReaderMetadata, label: &str) -> Resul
         return Ok(());
     }
     let expected = "an integer (plain or dictionary-encoded)".into();
-    Err(DataError::ColumnType { file: file.into(), column: label.into(), found: field.data_type().to_string(), expected })
+    Err(DataError::ColumnType {
+        file: file.into(),
+        column: label.into(),
+        found: field.data_type().to_string(),
+        expected,
+    })
 }
 
 fn missing(file: &str, metadata: &ArrowReaderMetadata, wanted: String) -> DataError {

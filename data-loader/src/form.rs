@@ -46,7 +46,8 @@ impl fmt::Display for Dtype {
 }
 
 /// The forms of a latent column that can be read, for messages.
-pub(crate) const READABLE: &str = "a (nested) list, large_list or fixed_size_list of float16 or float32, or (fixed-size) binary";
+pub(crate) const READABLE: &str =
+    "a (nested) list, large_list or fixed_size_list of float16 or float32, or (fixed-size) binary";
 
 /// What is at the bottom of a column's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +129,13 @@ impl Stored {
     ///
     /// # Errors
     /// With the words for a message, if type and shape cannot be reconciled.
-    pub fn resolve(name: &str, form: &Form, shape: &[usize], bytes_dtype: Option<Dtype>, first_len_bytes: Option<usize>) -> Result<Self, String> {
+    pub fn resolve(
+        name: &str,
+        form: &Form,
+        shape: &[usize],
+        bytes_dtype: Option<Dtype>,
+        first_len_bytes: Option<usize>,
+    ) -> Result<Self, String> {
         // `shape_numel` has checked the product.
         let numel = shape.iter().product::<usize>();
         let (dims, dtype) = match form.leaf {
@@ -136,10 +143,21 @@ impl Stored {
                 let length = length.or(first_len_bytes).unwrap_or(numel * 4);
                 let dtype = match bytes_dtype {
                     Some(dtype) if numel * dtype.bytes() == length => dtype,
-                    Some(dtype) => return Err(format!("holds {length} bytes; shape {shape:?} in {dtype} takes {}", numel * dtype.bytes())),
+                    Some(dtype) => {
+                        return Err(format!(
+                            "holds {length} bytes; shape {shape:?} in {dtype} takes {}",
+                            numel * dtype.bytes()
+                        ));
+                    }
                     None if length == numel * 4 => Dtype::F32,
                     None if length == numel * 2 => Dtype::F16,
-                    None => return Err(format!("holds {length} bytes; shape {shape:?} takes {} (f16, bf16) or {} (f32)", numel * 2, numel * 4)),
+                    None => {
+                        return Err(format!(
+                            "holds {length} bytes; shape {shape:?} takes {} (f16, bf16) or {} (f32)",
+                            numel * 2,
+                            numel * 4
+                        ));
+                    }
                 };
                 (Vec::new(), dtype)
             }
@@ -147,7 +165,12 @@ impl Stored {
                 let dims = match form.levels.len() {
                     depth if depth == shape.len() => shape.to_vec(),
                     1 => vec![numel],
-                    depth => return Err(format!("nests {depth} lists; shape {shape:?} takes {} or one flat list of {numel}", shape.len())),
+                    depth => {
+                        return Err(format!(
+                            "nests {depth} lists; shape {shape:?} takes {} or one flat list of {numel}",
+                            shape.len()
+                        ));
+                    }
                 };
                 if form.levels.iter().zip(&dims).any(|(level, dim)| level.is_some_and(|length| length != *dim)) {
                     return Err(format!("is {form}; shape {shape:?} takes lengths {dims:?}"));

@@ -14,6 +14,7 @@ pub mod draws;
 mod error;
 mod footer;
 mod form;
+mod read;
 mod report;
 mod schedule;
 mod source;

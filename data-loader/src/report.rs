@@ -118,7 +118,12 @@ pub fn verify(dataset: &LatentDataset) -> Vec<String> {
     problems
 }
 
-fn verify_row_group(dataset: &LatentDataset, group: &RowGroup, ids: &mut HashMap<String, u64>, problems: &mut Vec<String>) -> Result<(), DataError> {
+fn verify_row_group(
+    dataset: &LatentDataset,
+    group: &RowGroup,
+    ids: &mut HashMap<String, u64>,
+    problems: &mut Vec<String>,
+) -> Result<(), DataError> {
     let block = dataset.read_row_group(group)?;
     let mut latent = vec![0f32; dataset.latent_numel()];
     for (index, &row) in block.rows().iter().enumerate() {
@@ -126,7 +131,9 @@ fn verify_row_group(dataset: &LatentDataset, group: &RowGroup, ids: &mut HashMap
             block.latent(column, index, &mut latent);
             if let Some(at) = latent.iter().position(|number| !number.is_finite()) {
                 let found = format!("{} at position {at}", latent[at]);
-                problems.push(dataset.row_error(row, dataset.latent_column(column), found, "finite numbers".into()).to_string());
+                problems.push(
+                    dataset.row_error(row, dataset.latent_column(column), found, "finite numbers".into()).to_string(),
+                );
             }
         }
         let label = block.labels()[index];

@@ -175,7 +175,9 @@ impl LaneSchedule {
             let first_virtual = self.virtual_rows(lane, &range).start;
             let inside = self.window_order(epoch, lane, window, range.end - range.start);
             let end = positions.end.min(range.end);
-            rows.extend((position..end).map(|p| order.row(first_virtual + u64::from(inside[(p - range.start) as usize]))));
+            rows.extend(
+                (position..end).map(|p| order.row(first_virtual + u64::from(inside[(p - range.start) as usize]))),
+            );
             position = end;
         }
         rows
@@ -253,7 +255,8 @@ mod tests {
                 for micro_batch in [1, 3, 4] {
                     for range_rows in [1, 8, 1000] {
                         for window in [1, 5, 16, 1000] {
-                            schedules.extend(LaneSchedule::new(options(lanes, micro_batch, range_rows, window), groups));
+                            schedules
+                                .extend(LaneSchedule::new(options(lanes, micro_batch, range_rows, window), groups));
                         }
                     }
                 }
@@ -295,7 +298,8 @@ mod tests {
                 let read: Vec<u64> = (first_step..first_step + schedule.steps_per_epoch())
                     .flat_map(|step| schedule.rows_of(step, lane))
                     .collect();
-                let own: Vec<u64> = schedule.virtual_rows(lane, &(0..schedule.lane_rows())).map(|v| order.row(v)).collect();
+                let own: Vec<u64> =
+                    schedule.virtual_rows(lane, &(0..schedule.lane_rows())).map(|v| order.row(v)).collect();
                 let window = schedule.options().shuffle_window_rows;
                 for (read, own) in read.chunks(window).zip(own.chunks(window)) {
                     let (mut read, mut own) = (read.to_vec(), own.to_vec());
@@ -312,7 +316,8 @@ mod tests {
         for schedule in grid() {
             let order = schedule.epoch_order(1);
             for (start, end) in [(0, schedule.rows()), (3, 20), (7, 7), (schedule.rows() - 1, schedule.rows())] {
-                let rows: Vec<u64> = order.runs(start..end).iter().flat_map(|run| run.first_row..run.first_row + run.rows).collect();
+                let rows: Vec<u64> =
+                    order.runs(start..end).iter().flat_map(|run| run.first_row..run.first_row + run.rows).collect();
                 assert_eq!(rows, (start..end).map(|v| order.row(v)).collect::<Vec<_>>());
             }
         }

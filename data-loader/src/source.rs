@@ -57,7 +57,8 @@ impl Location {
             return Err(refuse("it has a password, a query or a fragment; credentials come from the environment (AWS_…, GOOGLE_…, AZURE_…)".into()));
         }
         let local = url.scheme() == "file";
-        let (store, path) = object_store::parse_url_opts(&url, environment(&url)).map_err(|e| refuse(e.to_string().replace(url.as_str(), &name)))?;
+        let (store, path) = object_store::parse_url_opts(&url, environment(&url))
+            .map_err(|e| refuse(e.to_string().replace(url.as_str(), &name)))?;
         let prefix = if local { "/".to_owned() } else { redact(&format!("{}/", &url[..url::Position::BeforePath])) };
         let name = if local { local_path(&url_text).map_or(name, |path| path.display().to_string()) } else { name };
         let can_list = !matches!(url.scheme(), "http" | "https");
@@ -140,8 +141,12 @@ fn missing_parts<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<String> {
     const MOST_PARTS: usize = 1_000_000;
     let mut sets: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
     for path in paths {
-        let Some((front, total)) = path.strip_suffix(".parquet").and_then(|stem| stem.rsplit_once("-of-")) else { continue };
-        let Some((stem, part)) = front.rsplit_once('-') else { continue };
+        let Some((front, total)) = path.strip_suffix(".parquet").and_then(|stem| stem.rsplit_once("-of-")) else {
+            continue;
+        };
+        let Some((stem, part)) = front.rsplit_once('-') else {
+            continue;
+        };
         let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         if digits(part) && digits(total) {
             sets.entry((stem, total)).or_default().push(part);
@@ -149,14 +154,18 @@ fn missing_parts<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<String> {
     }
     let mut missing = Vec::new();
     for ((stem, total), parts) in sets {
-        let Ok(count) = total.parse::<usize>() else { continue };
+        let Ok(count) = total.parse::<usize>() else {
+            continue;
+        };
         if count > MOST_PARTS {
             continue;
         }
         let width = parts[0].len();
         let name = stem.rsplit('/').next().unwrap_or(stem);
         let numbers: std::collections::HashSet<usize> = parts.iter().filter_map(|part| part.parse().ok()).collect();
-        missing.extend((0..count).filter(|n| !numbers.contains(n)).map(|n| format!("{name}-{n:0width$}-of-{total}.parquet")));
+        missing.extend(
+            (0..count).filter(|n| !numbers.contains(n)).map(|n| format!("{name}-{n:0width$}-of-{total}.parquet")),
+        );
     }
     missing
 }
@@ -173,10 +182,15 @@ impl AsyncFileReader for ObjectReader {
         async move { self.0.store.get_ranges(&self.0.path, &ranges).await.map_err(ParquetError::from) }.boxed()
     }
 
-    fn get_metadata<'a>(&'a mut self, options: Option<&'a ArrowReaderOptions>) -> BoxFuture<'a, parquet::errors::Result<Arc<ParquetMetaData>>> {
+    fn get_metadata<'a>(
+        &'a mut self,
+        options: Option<&'a ArrowReaderOptions>,
+    ) -> BoxFuture<'a, parquet::errors::Result<Arc<ParquetMetaData>>> {
         async move {
             let file_bytes = self.0.file_bytes;
-            let reader = ParquetMetaDataReader::new().with_arrow_reader_options(options).with_prefetch_hint(Some(FOOTER_GUESS_BYTES));
+            let reader = ParquetMetaDataReader::new()
+                .with_arrow_reader_options(options)
+                .with_prefetch_hint(Some(FOOTER_GUESS_BYTES));
             Ok(Arc::new(reader.load_and_finish(self, file_bytes).await?))
         }
         .boxed()
@@ -189,7 +203,10 @@ mod tests {
 
     #[test]
     fn parts_must_be_complete_per_set() {
-        assert!(missing_parts(["a/b.parquet", "a/x-0-of-1.parquet", "train-of-2.parquet", "y-z-of-q.parquet"].into_iter()).is_empty());
+        assert!(
+            missing_parts(["a/b.parquet", "a/x-0-of-1.parquet", "train-of-2.parquet", "y-z-of-q.parquet"].into_iter())
+                .is_empty()
+        );
         let some = ["d/part-00000-of-00003.parquet", "d/part-00002-of-00003.parquet", "d/test-0-of-2.parquet"];
         assert_eq!(missing_parts(some.into_iter()), ["part-00001-of-00003.parquet", "test-1-of-2.parquet"]);
     }
@@ -197,7 +214,12 @@ mod tests {
     #[test]
     fn hidden_folders_and_other_files_are_no_data() {
         let folder = Path::from("_data/set");
-        for (path, is_data) in [("_data/set/a.parquet", true), ("_data/set/k=1/a.parquet", true), ("_data/set/_tmp/a.parquet", false), ("_data/set/a.txt", false)] {
+        for (path, is_data) in [
+            ("_data/set/a.parquet", true),
+            ("_data/set/k=1/a.parquet", true),
+            ("_data/set/_tmp/a.parquet", false),
+            ("_data/set/a.txt", false),
+        ] {
             assert_eq!(is_data_file(&folder, &Path::from(path)), is_data, "{path}");
         }
     }

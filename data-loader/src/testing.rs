@@ -12,8 +12,8 @@ use futures::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload,
-    PutResult, Result,
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
 use crate::{Columns, LatentDataset, LatentRow, LatentWriter, WriterOptions};
@@ -41,7 +41,8 @@ impl Sample {
 pub fn sample(row: usize, options: &WriterOptions) -> Sample {
     let numel: usize = options.latent_shape.iter().product();
     let columns = if options.flipped { 4 } else { 2 };
-    let latent = |column: usize| (0..numel).map(|i| ((row * 7 + column * 501 + i) % 2001) as f32 / 64.0 - 15.0).collect();
+    let latent =
+        |column: usize| (0..numel).map(|i| ((row * 7 + column * 501 + i) % 2001) as f32 / 64.0 - 15.0).collect();
     Sample { latents: (0..columns).map(latent).collect(), label: (row % 10) as i64, id: format!("id-{row}") }
 }
 
@@ -93,7 +94,9 @@ impl FaultyStore {
     async fn misbehave(&self) -> Result<()> {
         match self.mode.load(Ordering::SeqCst) {
             mode if mode == Mode::Serve as u8 => Ok(()),
-            mode if mode == Mode::Fail as u8 => Err(object_store::Error::Generic { store: "test", source: "injected failure".into() }),
+            mode if mode == Mode::Fail as u8 => {
+                Err(object_store::Error::Generic { store: "test", source: "injected failure".into() })
+            }
             mode if mode == Mode::Panic as u8 => panic!("injected panic"),
             _ => {
                 self.hanging.fetch_add(1, Ordering::SeqCst);
@@ -115,7 +118,11 @@ impl ObjectStore for FaultyStore {
         self.inner.put_opts(location, payload, options).await
     }
 
-    async fn put_multipart_opts(&self, location: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
         self.inner.put_multipart_opts(location, options).await
     }
 

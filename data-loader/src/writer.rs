@@ -1,5 +1,6 @@
 //! Writes one parquet part file of posterior moments, whole or not at all.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -107,8 +108,9 @@ impl LatentWriter {
     /// If the options make no sense or the file cannot be created.
     pub fn create(path: &Path, options: WriterOptions) -> Result<Self, DataError> {
         let refuse = |reason: String| DataError::Write { file: path.display().to_string(), reason };
-        let numel = shape_numel(&options.latent_shape)
-            .ok_or_else(|| refuse(format!("latent shape {:?}; expected positive lengths, at most 2^28 numbers", options.latent_shape)))?;
+        let numel = shape_numel(&options.latent_shape).ok_or_else(|| {
+            refuse(format!("latent shape {:?}; expected positive lengths, at most 2^28 numbers", options.latent_shape))
+        })?;
         if options.dtype == Dtype::Bf16 {
             return Err(refuse("parquet has no list of bf16; choose f16 or f32".into()));
         }
@@ -147,22 +149,44 @@ impl LatentWriter {
     /// If a slice has another length than the shape, a number is not finite or too large for f16, the label is no class,
     /// mirrored moments are given where none are stored (or the other way round), or the disk is full.
     pub fn push(&mut self, row: LatentRow<'_>) -> Result<(), DataError> {
-        let refuse = |reason: String| DataError::Write { file: self.path.display().to_string(), reason: format!("row `{}`: {reason}", row.id) };
+        let refuse = |reason: String| DataError::Write {
+            file: self.path.display().to_string(),
+            reason: format!("row `{}`: {reason}", row.id),
+        };
         if row.flipped.is_some() != self.options.flipped {
-            let (found, file) = if self.options.flipped { ("no moments", "stores them") } else { ("moments", "does not store them") };
+            let (found, file) =
+                if self.options.flipped { ("no moments", "stores them") } else { ("moments", "does not store them") };
             return Err(refuse(format!("has {found} of the mirrored image, but the file {file}")));
         }
         if self.options.num_classes.is_some_and(|classes| !(0..classes as i64).contains(&row.label)) {
-            return Err(refuse(format!("label {} is no class in 0..{}", row.label, self.options.num_classes.unwrap_or(0))));
+            return Err(refuse(format!(
+                "label {} is no class in 0..{}",
+                row.label,
+                self.options.num_classes.unwrap_or(0)
+            )));
         }
-        let latents = [row.mean, row.logvar].into_iter().chain(row.flipped.into_iter().flat_map(|(mean, logvar)| [mean, logvar]));
+        let latents =
+            [row.mean, row.logvar].into_iter().chain(row.flipped.into_iter().flat_map(|(mean, logvar)| [mean, logvar]));
         for (latent, field) in latents.clone().zip(self.schema.fields()) {
             if latent.len() != self.numel {
-                return Err(refuse(format!("`{}` has {} numbers; shape {:?} takes {}", field.name(), latent.len(), self.options.latent_shape, self.numel)));
+                return Err(refuse(format!(
+                    "`{}` has {} numbers; shape {:?} takes {}",
+                    field.name(),
+                    latent.len(),
+                    self.options.latent_shape,
+                    self.numel
+                )));
             }
-            let storable = |number: &f32| number.is_finite() && (self.options.dtype == Dtype::F32 || f16::from_f32(*number).is_finite());
+            let storable = |number: &f32| {
+                number.is_finite() && (self.options.dtype == Dtype::F32 || f16::from_f32(*number).is_finite())
+            };
             if let Some(at) = latent.iter().position(|number| !storable(number)) {
-                return Err(refuse(format!("`{}` holds {} at position {at}, which {} cannot hold", field.name(), latent[at], self.options.dtype)));
+                return Err(refuse(format!(
+                    "`{}` holds {} at position {at}, which {} cannot hold",
+                    field.name(),
+                    latent[at],
+                    self.options.dtype
+                )));
             }
         }
         for (buffer, latent) in self.latents.iter_mut().zip(latents) {
@@ -215,10 +239,13 @@ impl LatentWriter {
         }
         arrays.push(Arc::new(Int64Array::from(std::mem::take(&mut self.labels))));
         arrays.push(Arc::new(StringArray::from(std::mem::take(&mut self.ids))));
-        let written = RecordBatch::try_new(self.schema.clone(), arrays).map_err(|error| error.to_string()).and_then(|batch| match &mut self.writer {
-            Some(writer) => writer.write(&batch).map_err(|error| error.to_string()),
-            None => unreachable!("the writer is taken only in finish"),
-        });
+        let written =
+            RecordBatch::try_new(self.schema.clone(), arrays).map_err(|error| error.to_string()).and_then(|batch| {
+                match &mut self.writer {
+                    Some(writer) => writer.write(&batch).map_err(|error| error.to_string()),
+                    None => unreachable!("the writer is taken only in finish"),
+                }
+            });
         written.map_err(|reason| DataError::Write { file: self.path.display().to_string(), reason })
     }
 }
@@ -244,20 +271,33 @@ fn schema(options: &WriterOptions, numel: usize) -> Arc<Schema> {
     let mut fields: Vec<Field> = names.into_iter().map(latent).collect();
     fields.push(Field::new(columns.label, DataType::Int64, false));
     fields.push(Field::new(columns.id, DataType::Utf8, false));
-    Arc::new(Schema::new(fields))
+    // Arrow readers look for keys in the embedded schema, others in the footer (`properties`).
+    Arc::new(Schema::new_with_metadata(fields, keys(options).into_iter().collect::<HashMap<_, _>>()))
+}
+
+fn keys(options: &WriterOptions) -> Vec<(String, String)> {
+    let optional = [
+        (SCALING_FACTOR, options.scaling_factor.map(|factor| factor.to_string())),
+        (NUM_CLASSES, options.num_classes.map(|classes| classes.to_string())),
+        (VAE_DIGEST, options.vae_digest.clone()),
+    ];
+    let shape = format!("{:?}", options.latent_shape).replace(' ', "");
+    let given = optional.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
+    std::iter::once((SHAPE.to_owned(), shape)).chain(given).collect()
 }
 
 fn properties(options: &WriterOptions, schema: &Schema) -> WriterProperties {
-    let mut keys = vec![KeyValue::new(SHAPE.to_owned(), format!("{:?}", options.latent_shape).replace(' ', ""))];
-    keys.extend(options.scaling_factor.map(|factor| KeyValue::new(SCALING_FACTOR.to_owned(), factor.to_string())));
-    keys.extend(options.num_classes.map(|classes| KeyValue::new(NUM_CLASSES.to_owned(), classes.to_string())));
-    keys.extend(options.vae_digest.as_ref().map(|digest| KeyValue::new(VAE_DIGEST.to_owned(), digest.clone())));
+    let keys = keys(options).into_iter().map(|(key, value)| KeyValue::new(key, value)).collect();
     let mut properties = WriterProperties::builder()
         .set_key_value_metadata(Some(keys))
         .set_max_row_group_row_count(Some(options.row_group_rows))
         .set_data_page_row_count_limit(PAGE_ROWS)
         .set_data_page_size_limit(PAGE_BYTES)
-        .set_compression(if options.zstd { Compression::ZSTD(ZstdLevel::default()) } else { Compression::UNCOMPRESSED });
+        .set_compression(if options.zstd {
+            Compression::ZSTD(ZstdLevel::default())
+        } else {
+            Compression::UNCOMPRESSED
+        });
     for field in schema.fields() {
         if let DataType::FixedSizeList(element, _) = field.data_type() {
             // Latents do not repeat, and nobody asks for their minimum.
@@ -279,17 +319,32 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back_in_every_layout() {
-        for (dtype, flipped, zstd, row_group_rows) in
-            [(Dtype::F16, false, false, 4096), (Dtype::F16, true, true, 100), (Dtype::F32, true, false, 256), (Dtype::F32, false, true, 7)]
-        {
-            let options = WriterOptions { dtype, flipped, zstd, row_group_rows, scaling_factor: Some(0.18215), num_classes: Some(10), vae_digest: Some("sha256:ab".into()), ..WriterOptions::new(vec![2, 3, 4]) };
+        for (dtype, flipped, zstd, row_group_rows) in [
+            (Dtype::F16, false, false, 4096),
+            (Dtype::F16, true, true, 100),
+            (Dtype::F32, true, false, 256),
+            (Dtype::F32, false, true, 7),
+        ] {
+            let options = WriterOptions {
+                dtype,
+                flipped,
+                zstd,
+                row_group_rows,
+                scaling_factor: Some(0.18215),
+                num_classes: Some(10),
+                vae_digest: Some("sha256:ab".into()),
+                ..WriterOptions::new(vec![2, 3, 4])
+            };
             let folder = tempfile::tempdir().unwrap();
             let samples = samples(600, &options);
             write(&folder.path().join("a.parquet"), options, &samples);
             let dataset = LatentDataset::open(folder.path().to_str().unwrap(), &Columns::default()).unwrap();
             let meta = dataset.meta();
             assert_eq!((meta.rows, meta.moments, meta.flipped, meta.dtype), (600, true, flipped, dtype));
-            assert_eq!((&meta.latent_shape[..], meta.scaling_factor, meta.num_classes), (&[2, 3, 4][..], Some(0.18215), Some(10)));
+            assert_eq!(
+                (&meta.latent_shape[..], meta.scaling_factor, meta.num_classes),
+                (&[2, 3, 4][..], Some(0.18215), Some(10))
+            );
             assert_eq!(meta.vae_digest.as_deref(), Some("sha256:ab"));
             assert_eq!(meta.row_groups, 600usize.div_ceil(row_group_rows));
             let block = dataset.read(&[RowRun { first_row: 0, rows: 600 }]).unwrap();

@@ -1,11 +1,11 @@
 //! Files that other writers make: pyarrow writes the forms that users have, and each must read back to the same numbers.
 //! Needs the project's `.venv`; without it the test says so and passes.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::explicit_write)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use data_loader::{Columns, Dtype, LatentDataset, RowRun, inspect, verify};
+use data_loader::{Columns, Dtype, LatentDataset, LatentRow, LatentWriter, RowRun, WriterOptions, inspect, verify};
 
 /// Writes one file per form into the folder that is its argument: 70 rows of shape [2, 3, 4].
 const WRITER: &str = r#"
@@ -75,15 +75,33 @@ pq.write_table(pa.table({"latent": nested(nan, var), "label": labels, "id": pa.a
     f"{folder}/nan.parquet", row_group_size=32)
 "#;
 
-/// The folder with the files, or `None` (said aloud) where there is no `.venv`.
-fn fixtures() -> Option<tempfile::TempDir> {
+/// Prints every column of the file that is its argument as JSON, and the metadata.
+const READER: &str = r#"
+import sys, json, pyarrow.parquet as pq
+table = pq.read_table(sys.argv[1])
+decode = lambda pairs: {key.decode(): value.decode() for key, value in pairs.items()}
+meta = decode(table.schema.metadata)
+footer = decode(pq.read_metadata(sys.argv[1]).metadata)
+assert all(footer[key] == value for key, value in meta.items()), footer
+print(json.dumps({"columns": {name: str(table.schema.field(name).type) for name in table.schema.names}, "meta": meta, "rows": table.to_pylist()}))
+"#;
+
+/// The project's Python, or `None` (said aloud) where there is no `.venv`.
+fn python() -> Option<PathBuf> {
     let python = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin/python");
     if !python.exists() {
         // Past the test harness, which swallows what a passing test prints.
         use std::io::Write;
-        writeln!(std::io::stderr(), "skipped: no .venv (make it with ./dev setup): pyarrow's files were not read").unwrap();
+        writeln!(std::io::stderr(), "skipped: no .venv (make it with ./dev setup): pyarrow's files were not read")
+            .unwrap();
         return None;
     }
+    Some(python)
+}
+
+/// The folder with the files that pyarrow wrote.
+fn fixtures() -> Option<tempfile::TempDir> {
+    let python = python()?;
     let folder = tempfile::tempdir().unwrap();
     let done = Command::new(python).arg("-c").arg(WRITER).arg(folder.path()).output().unwrap();
     assert!(done.status.success(), "pyarrow could not write the files:\n{}", String::from_utf8_lossy(&done.stderr));
@@ -99,7 +117,8 @@ fn number(index: usize) -> f32 {
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()).collect();
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()).collect();
     files.sort();
     files
 }
@@ -117,7 +136,8 @@ fn every_form_reads_back_to_the_same_numbers() {
         assert_eq!((&meta.latent_shape[..], meta.rows), (&[2, 3, 4][..], 70), "{name}");
         assert_eq!(meta.dtype == Dtype::Bf16, name.ends_with("bf16"), "{name}");
         // Out of order, with gaps and across row groups, as a shuffled epoch reads.
-        let runs = [RowRun { first_row: 60, rows: 10 }, RowRun { first_row: 2, rows: 5 }, RowRun { first_row: 25, rows: 20 }];
+        let runs =
+            [RowRun { first_row: 60, rows: 10 }, RowRun { first_row: 2, rows: 5 }, RowRun { first_row: 25, rows: 20 }];
         let block = dataset.read(&runs).unwrap();
         let mut latent = [0f32; 24];
         for (index, &row) in block.rows().iter().enumerate() {
@@ -192,10 +212,71 @@ fn the_program_reports_what_is_there_and_what_is_wrong() {
     let bad = latents(&["verify"], "bad/nan.parquet");
     let problems = text(&bad.stderr);
     assert_eq!(bad.status.code(), Some(1), "{problems}");
-    for words in ["row 35 (row group 1)", "NaN at position 23", "row 69 (row group 2)", "inf at position 0", "row 60 (row group 1): `id` is `same`", "row 4 of the data set"] {
+    for words in [
+        "row 35 (row group 1)",
+        "NaN at position 23",
+        "row 69 (row group 2)",
+        "inf at position 0",
+        "row 60 (row group 1): `id` is `same`",
+        "row 4 of the data set",
+    ] {
         assert!(problems.contains(words), "`{words}` not in: {problems}");
     }
     let short = latents(&["verify"], "bad/short_row.parquet");
     assert!(!short.status.success() && text(&short.stderr).contains("row 45"), "{}", text(&short.stderr));
     assert!(!latents(&["inspect"], "nowhere.parquet").status.success());
+}
+
+#[test]
+fn pyarrow_reads_what_the_writer_writes() {
+    let Some(python) = python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    for (dtype, name, zstd) in [(Dtype::F16, "halffloat", true), (Dtype::F32, "float", false)] {
+        let path = folder.path().join(format!("{dtype}.parquet"));
+        let options = WriterOptions {
+            dtype,
+            zstd,
+            scaling_factor: Some(0.18215),
+            num_classes: Some(5),
+            row_group_rows: 300,
+            ..WriterOptions::new(vec![2, 3, 4])
+        };
+        let mut writer = LatentWriter::create(&path, options).unwrap();
+        for row in 0..700 {
+            let mean: [f32; 24] = std::array::from_fn(|i| number(row * 24 + i));
+            let id = format!("n/{row}");
+            writer
+                .push(LatentRow {
+                    mean: &mean,
+                    logvar: &mean.map(|x| -x),
+                    flipped: None,
+                    label: row as i64 % 5,
+                    id: &id,
+                })
+                .unwrap();
+        }
+        writer.finish().unwrap();
+        let done = Command::new(&python).arg("-c").arg(READER).arg(&path).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let read: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+        assert_eq!(read["columns"]["latent_mean"], format!("fixed_size_list<element: {name} not null>[24]"));
+        assert_eq!((&read["columns"]["label"], &read["columns"]["id"]), (&"int64".into(), &"string".into()));
+        assert_eq!(
+            (&read["meta"]["ditharos.latent_shape"], &read["meta"]["ditharos.scaling_factor"]),
+            (&"[2,3,4]".into(), &"0.18215".into())
+        );
+        let rows = read["rows"].as_array().unwrap();
+        assert_eq!(rows.len(), 700);
+        for (row, read) in rows.iter().enumerate() {
+            assert_eq!((&read["label"], &read["id"]), (&(row % 5).into(), &format!("n/{row}").into()));
+            for i in 0..24 {
+                let expected = f64::from(number(row * 24 + i));
+                assert_eq!(
+                    (read["latent_mean"][i].as_f64(), read["latent_logvar"][i].as_f64()),
+                    (Some(expected), Some(-expected)),
+                    "row {row}"
+                );
+            }
+        }
+    }
 }

@@ -13,9 +13,7 @@ impl Machine {
     /// Looks at this host; asks no driver.
     pub fn this_host() -> Machine {
         let devices = std::fs::read_dir("/dev").into_iter().flatten().flatten();
-        let present = devices
-            .filter(|entry| is_gpu(&entry.file_name().to_string_lossy()))
-            .count();
+        let present = devices.filter(|entry| is_gpu(&entry.file_name().to_string_lossy())).count();
         let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
         Machine {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
@@ -26,20 +24,16 @@ impl Machine {
 
 /// `nvidia0`, `nvidia1` …, but not `nvidiactl` or `nvidia-uvm`.
 fn is_gpu(device: &str) -> bool {
-    device
-        .strip_prefix("nvidia")
-        .is_some_and(|number| !number.is_empty() && number.chars().all(|c| c.is_ascii_digit()))
+    device.strip_prefix("nvidia").is_some_and(|number| !number.is_empty() && number.chars().all(|c| c.is_ascii_digit()))
 }
 
 /// CUDA uses the listed devices up to the first invalid entry; an empty list hides all.
 fn gpus(present: usize, visible: Option<&str>) -> usize {
     match visible {
         None => present,
-        Some(list) => list
-            .split(',')
-            .take_while(|entry| !entry.trim().is_empty() && entry.trim() != "-1")
-            .count()
-            .min(present),
+        Some(list) => {
+            list.split(',').take_while(|entry| !entry.trim().is_empty() && entry.trim() != "-1").count().min(present)
+        }
     }
 }
 

@@ -21,6 +21,9 @@ use crate::machine::Machine;
 use crate::plan::{Plan, PlanError};
 
 fn main() -> ExitCode {
+    if supervise::run_as_guard_if_asked() {
+        return ExitCode::SUCCESS;
+    }
     let code = run(&Cli::parse()).unwrap_or_else(|error| {
         supervise::say(&format!("launcher: {error:#}"));
         code_of(&error)

@@ -108,25 +108,14 @@ impl Plan {
     ///
     /// # Errors
     /// A world size that the lanes do not allow, fewer host names than nodes, CUDA demanded where there is none.
-    pub fn new(
-        config: &RunConfig,
-        request: &Request,
-        machine: &Machine,
-    ) -> Result<Plan, PlanError> {
+    pub fn new(config: &RunConfig, request: &Request, machine: &Machine) -> Result<Plan, PlanError> {
         let train = &config.train;
         let named = (!request.hosts.is_empty()).then_some(request.hosts.len());
         let offered = request.nodes.or(named).unwrap_or(config.cluster.nodes);
         if named.is_some_and(|named| offered > named) {
-            return Err(PlanError::Hosts {
-                nodes: offered,
-                hosts: request.hosts.clone(),
-            });
+            return Err(PlanError::Hosts { nodes: offered, hosts: request.hosts.clone() });
         }
-        let via = request.via.unwrap_or(if offered == 1 && named.is_none() {
-            Via::Local
-        } else {
-            Via::Mpirun
-        });
+        let via = request.via.unwrap_or(if offered == 1 && named.is_none() { Via::Local } else { Via::Mpirun });
         let device = device(train.device, machine, via)?;
         let allowed = allowed_world_sizes(train.lanes);
         let asked = request.procs_per_node.or(config.cluster.procs_per_node);
@@ -141,13 +130,8 @@ impl Plan {
             });
         }
         let nodes = floor_power_of_two(offered.min(train.lanes / asked.unwrap_or(1)));
-        let capacity = if device == Device::Cuda {
-            machine.gpus
-        } else {
-            machine.cores / train.threads_per_rank
-        };
-        let procs_per_node =
-            asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes)));
+        let capacity = if device == Device::Cuda { machine.gpus } else { machine.cores / train.threads_per_rank };
+        let procs_per_node = asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes)));
         let world_size = nodes * procs_per_node;
         let threads = procs_per_node * train.threads_per_rank;
         let mut plan = Plan {
@@ -179,12 +163,7 @@ impl Plan {
             let names: Vec<String> = self
                 .idle_nodes
                 .iter()
-                .map(|&node| {
-                    self.hosts
-                        .get(node)
-                        .cloned()
-                        .unwrap_or(format!("node {node}"))
-                })
+                .map(|&node| self.hosts.get(node).cloned().unwrap_or(format!("node {node}")))
                 .collect();
             notes.push(format!(
                 "{} of {} nodes compute, {} idle: {} lanes run on {} ranks",
@@ -197,16 +176,10 @@ impl Plan {
         }
         let threads = self.procs_per_node * self.threads_per_rank;
         if self.device == Device::Cpu && threads > machine.cores {
-            notes.push(format!(
-                "{threads} threads share {} cores: ranks will wait for each other",
-                machine.cores
-            ));
+            notes.push(format!("{threads} threads share {} cores: ranks will wait for each other", machine.cores));
         }
         if self.device == Device::Cuda && self.procs_per_node > machine.gpus {
-            notes.push(format!(
-                "{} ranks share {} GPUs",
-                self.procs_per_node, machine.gpus
-            ));
+            notes.push(format!("{} ranks share {} GPUs", self.procs_per_node, machine.gpus));
         }
         notes
     }
@@ -228,11 +201,7 @@ fn floor_power_of_two(count: usize) -> usize {
 }
 
 fn join(sizes: &[usize]) -> String {
-    sizes
-        .iter()
-        .map(usize::to_string)
-        .collect::<Vec<_>>()
-        .join(", ")
+    sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// Prints the plan, as a table or as one JSON object with the engine's command.
@@ -241,31 +210,21 @@ pub fn show(plan: &Plan, command: Result<&EngineCommand, &NotBuilt>, as_json: bo
     if as_json {
         let mut value = json!(plan);
         value["command"] = json!(argv.as_ref().ok());
-        value["env"] = json!(
-            command
-                .ok()
-                .map(|command| command.env.iter().cloned().collect::<BTreeMap<_, _>>())
-        );
+        value["env"] = json!(command.ok().map(|command| command.env.iter().cloned().collect::<BTreeMap<_, _>>()));
         value["not_built"] = json!(command.err().map(ToString::to_string));
         println!("{value:#}");
         return;
     }
     println!("run           {}, {} steps", plan.run_url, plan.steps);
     println!("engine        {}", plan.via);
-    println!(
-        "nodes         {} × {} ranks = world size {}",
-        plan.nodes, plan.procs_per_node, plan.world_size
-    );
+    println!("nodes         {} × {} ranks = world size {}", plan.nodes, plan.procs_per_node, plan.world_size);
     println!(
         "lanes         {}, {} per rank (allowed world sizes: {})",
         plan.lanes,
         plan.lanes_per_rank,
         join(&plan.allowed_world_sizes)
     );
-    println!(
-        "global batch  {} = {} lanes × {}",
-        plan.global_batch, plan.lanes, plan.micro_batch
-    );
+    println!("global batch  {} = {} lanes × {}", plan.global_batch, plan.lanes, plan.micro_batch);
     println!(
         "a rank        {}, {} thread(s); {} core(s) of a node idle",
         json!(plan.device).as_str().unwrap_or_default(),

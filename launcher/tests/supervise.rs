@@ -31,9 +31,7 @@ impl Bench {
     fn new(trainer: &str) -> Bench {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let bench = Bench { folder };
-        let _guard = SPAWNING
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let _guard = SPAWNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // A hard link, so that the program finds itself in this folder.
         fs::hard_link(env!("CARGO_BIN_EXE_launcher"), bench.path("launcher")).unwrap();
         let script = format!(
@@ -53,9 +51,7 @@ impl Bench {
     }
 
     fn start(&self, arguments: &[&str]) -> Child {
-        let _guard = SPAWNING
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let _guard = SPAWNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         Command::new(self.path("launcher"))
             .current_dir(self.folder.path())
             .args(["--config", "run.toml"])
@@ -104,18 +100,10 @@ fn finish(child: Child) -> Ended {
             let _ = kill(pid, Signal::SIGKILL);
         }
     });
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = child.wait_with_output().unwrap();
+    let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
     drop(done);
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ended {
-        code: status.code(),
-        stdout: text(stdout),
-        stderr: text(stderr),
-    }
+    Ended { code: status.code(), stdout: text(stdout), stderr: text(stderr) }
 }
 
 /// A process that is neither gone nor a zombie.
@@ -134,21 +122,10 @@ fn assert_gone(pid: &str) {
 #[test]
 fn the_last_step_must_be_reported_for_success() {
     for procs in [1, 2] {
-        assert_eq!(
-            Bench::new(&format!("{START}; [ $RANK = 0 ] && {DONE}; exit 0"))
-                .run(procs)
-                .code,
-            Some(0)
-        );
+        assert_eq!(Bench::new(&format!("{START}; [ $RANK = 0 ] && {DONE}; exit 0")).run(procs).code, Some(0));
         let silent = Bench::new(&format!("{START}; exit 0")).run(procs);
         assert_eq!(silent.code, Some(1));
-        assert!(
-            silent
-                .last_line()
-                .contains("step 10 was not reported as done"),
-            "{}",
-            silent.stderr
-        );
+        assert!(silent.last_line().contains("step 10 was not reported as done"), "{}", silent.stderr);
     }
     let early = Bench::new(r#"echo '{"event":"done","step":9,"time":0.0}'"#).run(1);
     assert_eq!(early.code, Some(1), "{}", early.stderr);
@@ -156,12 +133,7 @@ fn the_last_step_must_be_reported_for_success() {
 
 #[test]
 fn a_done_event_of_another_rank_does_not_count() {
-    assert_eq!(
-        Bench::new(&format!("[ $RANK = 1 ] && {DONE}; exit 0"))
-            .run(2)
-            .code,
-        Some(1)
-    );
+    assert_eq!(Bench::new(&format!("[ $RANK = 1 ] && {DONE}; exit 0")).run(2).code, Some(1));
 }
 
 #[test]
@@ -172,50 +144,20 @@ fn saved_and_resumable_passes_through() {
         );
         let ended = Bench::new(&trainer).run(procs);
         assert_eq!(ended.code, Some(75), "{}", ended.stderr);
-        assert!(
-            ended.last_line().contains("continue from step 7"),
-            "{}",
-            ended.stderr
-        );
-        assert!(
-            !ended.stderr.contains("non-zero"),
-            "mpirun's remarks on code 75 only confuse: {}",
-            ended.stderr
-        );
+        assert!(ended.last_line().contains("continue from step 7"), "{}", ended.stderr);
+        assert!(!ended.stderr.contains("non-zero"), "mpirun's remarks on code 75 only confuse: {}", ended.stderr);
     }
 }
 
 #[test]
 fn lines_are_prefixed_with_their_rank_and_events_become_readable() {
-    let ended = Bench::new(&format!(
-        "{START}; echo out $RANK; echo err $RANK >&2; [ $RANK = 0 ] && {DONE}; exit 0"
-    ))
-    .run(2);
+    let ended =
+        Bench::new(&format!("{START}; echo out $RANK; echo err $RANK >&2; [ $RANK = 0 ] && {DONE}; exit 0")).run(2);
     for rank in [0, 1] {
-        assert!(
-            ended
-                .stdout
-                .lines()
-                .any(|line| line == format!("[rank {rank}] out {rank}")),
-            "{}",
-            ended.stdout
-        );
-        assert!(
-            ended
-                .stderr
-                .lines()
-                .any(|line| line == format!("[rank {rank}] err {rank}")),
-            "{}",
-            ended.stderr
-        );
+        assert!(ended.stdout.lines().any(|line| line == format!("[rank {rank}] out {rank}")), "{}", ended.stdout);
+        assert!(ended.stderr.lines().any(|line| line == format!("[rank {rank}] err {rank}")), "{}", ended.stderr);
     }
-    assert!(
-        ended
-            .stderr
-            .contains("start: attempt 1, a fresh run, 4 lanes"),
-        "{}",
-        ended.stderr
-    );
+    assert!(ended.stderr.contains("start: attempt 1, a fresh run, 4 lanes"), "{}", ended.stderr);
 }
 
 #[test]
@@ -223,22 +165,12 @@ fn ranks_get_the_config_the_overrides_and_the_agreed_threads() {
     let bench = Bench::new(&format!(
         "echo \"$@\" > arguments; env | grep -E '^(OMP|MKL)_|^DITHAROS_' | sort > environment; {DONE}"
     ));
-    let child = bench.start(&[
-        "--procs-per-node",
-        "1",
-        "--set",
-        "seed=3",
-        "--set",
-        "ema.decay=0.5",
-    ]);
+    let child = bench.start(&["--procs-per-node", "1", "--set", "seed=3", "--set", "ema.decay=0.5"]);
     assert_eq!(finish(child).code, Some(0));
     let config = bench.path("run.toml");
     assert_eq!(
         bench.wait_for("arguments"),
-        format!(
-            "train --config {} --set seed=3 --set ema.decay=0.5",
-            config.display()
-        )
+        format!("train --config {} --set seed=3 --set ema.decay=0.5", config.display())
     );
     let expected = "DITHAROS_EVENTS=stdout\nMKL_DYNAMIC=FALSE\nMKL_NUM_THREADS=3\nOMP_DYNAMIC=FALSE\nOMP_NUM_THREADS=3";
     assert_eq!(bench.wait_for("environment"), expected);
@@ -251,24 +183,12 @@ fn a_failing_rank_is_named_with_its_error_and_the_others_are_ended() {
     ));
     let ended = bench.run(2);
     assert_eq!(ended.code, Some(1));
-    assert!(
-        ended
-            .last_line()
-            .contains("rank 1 failed (exit code 3): part.parquet is cut off"),
-        "{}",
-        ended.stderr
-    );
+    assert!(ended.last_line().contains("rank 1 failed (exit code 3): part.parquet is cut off"), "{}", ended.stderr);
     assert_gone(&bench.wait_for("pid"));
 
     let alone = Bench::new("echo 'trainer: no VAE' >&2; exit 1").run(1);
     assert_eq!(alone.code, Some(1));
-    assert!(
-        alone
-            .last_line()
-            .contains("rank 0 failed (exit code 1): no VAE"),
-        "{}",
-        alone.stderr
-    );
+    assert!(alone.last_line().contains("rank 0 failed (exit code 1): no VAE"), "{}", alone.stderr);
 }
 
 #[test]
@@ -279,37 +199,18 @@ fn a_killed_rank_is_named_with_its_signal() {
     kill(Pid::from_raw(victim.parse().unwrap()), Signal::SIGKILL).unwrap();
     let ended = finish(child);
     assert_eq!(ended.code, Some(1));
-    assert!(
-        ended
-            .last_line()
-            .contains("rank 1 failed (killed by signal 9 (SIGKILL))"),
-        "{}",
-        ended.stderr
-    );
+    assert!(ended.last_line().contains("rank 1 failed (killed by signal 9 (SIGKILL))"), "{}", ended.stderr);
     assert_gone(&other);
 
     let bench = Bench::new("echo $$ > pid; exec sleep 600");
     let child = bench.start(&["--procs-per-node", "1"]);
-    kill(
-        Pid::from_raw(bench.wait_for("pid").parse().unwrap()),
-        Signal::SIGKILL,
-    )
-    .unwrap();
-    assert!(
-        finish(child)
-            .last_line()
-            .contains("rank 0 failed (killed by signal 9 (SIGKILL))")
-    );
+    kill(Pid::from_raw(bench.wait_for("pid").parse().unwrap()), Signal::SIGKILL).unwrap();
+    assert!(finish(child).last_line().contains("rank 0 failed (killed by signal 9 (SIGKILL))"));
 }
 
 #[test]
 fn a_refused_config_of_the_trainer_keeps_its_code() {
-    assert_eq!(
-        Bench::new("echo 'trainer: num_classes' >&2; exit 2")
-            .run(1)
-            .code,
-        Some(2)
-    );
+    assert_eq!(Bench::new("echo 'trainer: num_classes' >&2; exit 2").run(1).code, Some(2));
 }
 
 /// Ranks that save on USR1, ignore other requests, and note the signals.
@@ -321,12 +222,7 @@ fn saving() -> String {
 
 #[test]
 fn a_stop_request_reaches_every_rank_as_usr1() {
-    for (procs, signal) in [
-        (1, Signal::SIGTERM),
-        (2, Signal::SIGTERM),
-        (1, Signal::SIGINT),
-        (2, Signal::SIGUSR1),
-    ] {
+    for (procs, signal) in [(1, Signal::SIGTERM), (2, Signal::SIGTERM), (1, Signal::SIGINT), (2, Signal::SIGUSR1)] {
         let bench = Bench::new(&saving());
         let child = bench.start(&["--procs-per-node", &procs.to_string()]);
         (0..procs).for_each(|rank| assert_eq!(bench.wait_for(&format!("up{rank}")), "up"));
@@ -350,11 +246,7 @@ fn a_stop_request_waits_until_the_ranks_are_up() {
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
     let mut said = String::new();
     while !said.contains("SIGTERM") {
-        assert_ne!(
-            stderr.read_line(&mut said).unwrap(),
-            0,
-            "the launcher ended early: {said}"
-        );
+        assert_ne!(stderr.read_line(&mut said).unwrap(), 0, "the launcher ended early: {said}");
     }
     fs::write(bench.path("go"), "").unwrap();
     let drain = std::thread::spawn(move || stderr.read_to_string(&mut String::new()));
@@ -365,13 +257,10 @@ fn a_stop_request_waits_until_the_ranks_are_up() {
 #[test]
 fn a_second_request_ends_ranks_that_do_not_listen() {
     for procs in [1, 2] {
-        let bench = Bench::new(&format!(
-            "trap '' TERM INT USR1; {START}; echo $$ > pid$RANK; while true; do sleep 0.05; done"
-        ));
+        let bench =
+            Bench::new(&format!("trap '' TERM INT USR1; {START}; echo $$ > pid$RANK; while true; do sleep 0.05; done"));
         let child = bench.start(&["--procs-per-node", &procs.to_string()]);
-        let pids: Vec<String> = (0..procs)
-            .map(|rank| bench.wait_for(&format!("pid{rank}")))
-            .collect();
+        let pids: Vec<String> = (0..procs).map(|rank| bench.wait_for(&format!("pid{rank}"))).collect();
         let launcher = Pid::from_raw(child.id() as i32);
         kill(launcher, Signal::SIGTERM).unwrap();
         std::thread::sleep(Duration::from_millis(300)); // two pending signals of one kind would merge
@@ -387,9 +276,7 @@ fn ranks_do_not_outlive_a_killed_launcher() {
     for procs in [1, 2] {
         let bench = Bench::new(&format!("{START}; echo $$ > pid$RANK; exec sleep 600"));
         let mut child = bench.start(&["--procs-per-node", &procs.to_string()]);
-        let pids: Vec<String> = (0..procs)
-            .map(|rank| bench.wait_for(&format!("pid{rank}")))
-            .collect();
+        let pids: Vec<String> = (0..procs).map(|rank| bench.wait_for(&format!("pid{rank}"))).collect();
         child.kill().unwrap();
         child.wait().unwrap();
         pids.iter().for_each(|pid| assert_gone(pid));
@@ -421,24 +308,11 @@ fn a_dry_run_prints_the_plan_and_starts_nothing() {
     for (key, value) in expected.as_object().unwrap() {
         assert_eq!(&local[key], value, "{key}");
     }
-    let command: Vec<&str> = local["command"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .filter_map(|part| part.as_str())
-        .collect();
+    let command: Vec<&str> = local["command"].as_array().unwrap().iter().filter_map(|part| part.as_str()).collect();
     assert_eq!(command[0], "mpirun");
-    assert!(command.ends_with(&[
-        "--config",
-        bench.path("run.toml").to_str().unwrap(),
-        "--set",
-        "train.steps=20"
-    ]));
+    assert!(command.ends_with(&["--config", bench.path("run.toml").to_str().unwrap(), "--set", "train.steps=20"]));
     let many = plan(&["--nodes", "3", "--procs-per-node", "1"]);
-    assert_eq!(
-        (&many["nodes"], &many["idle_nodes"]),
-        (&serde_json::json!(2), &serde_json::json!([2]))
-    );
+    assert_eq!((&many["nodes"], &many["idle_nodes"]), (&serde_json::json!(2), &serde_json::json!([2])));
     assert!(many["command"].is_null() && many["not_built"].is_string());
     assert!(!bench.path("started").exists());
 }
@@ -450,32 +324,18 @@ fn what_is_not_built_or_not_possible_is_refused_and_nothing_starts() {
         (&["--nodes", "2"][..], "not built yet"),
         (&["--via", "slurm"], "not built yet"),
         (&["--hosts", "ada,bob"], "not built yet"),
-        (
-            &["--procs-per-node", "3"],
-            "allowed world sizes are 1, 2, 4",
-        ),
-        (
-            &["--procs-per-node", "8"],
-            "allowed world sizes are 1, 2, 4",
-        ),
+        (&["--procs-per-node", "3"], "allowed world sizes are 1, 2, 4"),
+        (&["--procs-per-node", "8"], "allowed world sizes are 1, 2, 4"),
         (&["--json"], "--dry-run"),
     ] {
         let ended = finish(bench.start(arguments));
         assert_eq!(ended.code, Some(2), "{arguments:?}: {}", ended.stderr);
-        assert!(
-            ended.stderr.contains(said),
-            "{arguments:?}: {}",
-            ended.stderr
-        );
+        assert!(ended.stderr.contains(said), "{arguments:?}: {}", ended.stderr);
     }
     fs::remove_file(bench.path("trainer")).unwrap();
     let ended = bench.run(1);
     assert_eq!(ended.code, Some(1));
-    assert!(
-        ended.stderr.contains("no trainer beside the launcher"),
-        "{}",
-        ended.stderr
-    );
+    assert!(ended.stderr.contains("no trainer beside the launcher"), "{}", ended.stderr);
     assert!(!bench.path("started").exists());
 }
 
@@ -488,19 +348,11 @@ fn three_mistakes_in_a_config_are_three_lines() {
         .replace("micro_batch = 8", "microbatch = 8")
         .replace("DiT-S/2", "DiT-S/3");
     // The misspelt key makes two lines: it is unknown, and the right one is missing.
-    fs::write(
-        bench.path("run.toml"),
-        text.replace("steps = 10", "steps = 10\nmicro_batch = 8"),
-    )
-    .unwrap();
+    fs::write(bench.path("run.toml"), text.replace("steps = 10", "steps = 10\nmicro_batch = 8")).unwrap();
     let ended = bench.run(1);
     assert_eq!(ended.code, Some(2));
     assert!(ended.stderr.contains("3 mistakes"), "{}", ended.stderr);
-    for key in [
-        "`train.lanes` = 12",
-        "`train.microbatch`",
-        "`model.preset` = \"DiT-S/3\"",
-    ] {
+    for key in ["`train.lanes` = 12", "`train.microbatch`", "`model.preset` = \"DiT-S/3\""] {
         assert!(ended.stderr.contains(key), "{key}: {}", ended.stderr);
     }
     assert!(!bench.path("started").exists());

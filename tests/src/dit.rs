@@ -33,7 +33,7 @@ pub fn model(bundle: &Bundle) -> Result<Dit> {
             BundleError::Key { key: "model.learn_sigma".into(), found, expected: "true or false".into() }
         })?,
     };
-    Dit::new(config).map_err(|error| BundleError::Spec(error.to_string()))
+    Dit::new(config).map_err(|error| BundleError::Run(error.to_string()))
 }
 
 /// The weights below `weights/`.
@@ -84,7 +84,7 @@ pub fn schedule(name: &str) -> Result<Schedule> {
 /// An unknown schedule or an impossible respacing.
 pub fn respaced(schedule_name: &str, respacing: &str) -> Result<Tables> {
     let kept = respacing.parse::<Respacing>().and_then(|respacing| respacing.kept(TIMESTEPS));
-    let kept = kept.map_err(|error| BundleError::Spec(format!("respacing: {error}")))?;
+    let kept = kept.map_err(|error| BundleError::Run(format!("respacing `{respacing}`: {error}")))?;
     Ok(Tables::new(&schedule(schedule_name)?.betas(TIMESTEPS), &kept))
 }
 

@@ -3,10 +3,14 @@
 use crate::bundle::{Bundle, values};
 use crate::tolerance::{Bound, Tolerance, Tolerances};
 use std::fmt::Write;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Tensors of a group that are named one by one when they fail.
 const NAMED_FAILURES: usize = 10;
+
+/// What a purely relative tolerance leaves to a float32 reference near zero: sums of terms around 10 (a KL divergence)
+/// carry that much rounding, however small they are.
+const FLOAT32_NOISE: f64 = 1e-6;
 
 /// Collects the comparisons of one bundle.
 pub struct Report<'a> {
@@ -81,11 +85,14 @@ impl<'a> Report<'a> {
         if !expected.is_floating_point() {
             return Some((expected, Tolerance::default()));
         }
-        let tolerance = self.tolerances.of(name);
-        if tolerance.is_none() {
+        let Some(mut tolerance) = self.tolerances.of(name) else {
             self.problem(format!("`{name}`: no tolerance is known for it; state one as `tol.{name}` in the spec"));
+            return None;
+        };
+        if tolerance.max.of_element > 0.0 && expected.kind() != Kind::Double {
+            tolerance.max.constant += FLOAT32_NOISE;
         }
-        Some((expected, tolerance?))
+        Some((expected, tolerance))
     }
 
     /// Notes on the line of `group` how far `found` is from `expected` (of the same shape); `label` names it in a failure.
@@ -133,10 +140,15 @@ impl<'a> Report<'a> {
         self.problems.push(text);
     }
 
-    /// Ends the report. Tensors of `bundle` that were neither used nor compared are failures.
-    pub fn finish(mut self, bundle: &Bundle) -> Findings {
-        for name in bundle.unused() {
-            self.problem(format!("`{name}` was compared with nothing: this kind of bundle has no such tensor"));
+    /// Ends the report. Tensors of `bundle` that were neither used nor compared are failures; `cut_short` says why the
+    /// run did not come to its end.
+    pub fn finish(mut self, bundle: &Bundle, cut_short: Option<String>) -> Findings {
+        let unused = bundle.unused();
+        match cut_short {
+            Some(reason) => self.problem(format!("{reason} ({} tensors were not looked at)", unused.len())),
+            None => unused.iter().for_each(|name| {
+                self.problem(format!("`{name}` was compared with nothing: this kind of bundle has no such tensor"));
+            }),
         }
         if self.groups.is_empty() && self.problems.is_empty() {
             self.problem("there is nothing to compare in it".to_owned());
@@ -191,9 +203,10 @@ impl Findings {
         self.worst_ratio = self.worst_ratio.max(ratio);
     }
 
-    /// Adds a failure.
+    /// Adds a failure, on one line.
     pub fn failure(&mut self, text: &str) {
-        self.lines.push(format!("  FAIL {text}"));
+        let text: Vec<&str> = text.lines().map(str::trim).collect();
+        self.lines.push(format!("  FAIL {}", text.join(" ")));
         self.ok = false;
     }
 }
@@ -237,6 +250,6 @@ mod tests {
     fn percentiles_interpolate() {
         assert_eq!(percentile_999((0..=1000).map(f64::from).collect()), 999.0);
         assert_eq!(percentile_999(vec![0.0, 1.0]), 0.999);
-        assert_eq!(percentile_999(vec![f64::NAN; 3]).is_nan(), true);
+        assert!(percentile_999(vec![f64::NAN; 3]).is_nan());
     }
 }

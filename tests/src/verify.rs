@@ -45,13 +45,16 @@ pub fn verify(path: &Path) -> Verdict {
     };
     let mut report = Report::new(references, Tolerances::new(&references.spec, kind.tolerances));
     // libtorch's refusals are panics in tch: the shapes of a damaged bundle can cause one anywhere.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
     let run = catch_unwind(AssertUnwindSafe(|| (kind.run)(&bundle, partner.as_ref(), &mut report)));
-    match run {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => report.problem(error.to_string()),
-        Err(panic) => report.problem(format!("could not be run: {}", message(&*panic))),
-    }
-    Verdict { kind: Some(name), findings: report.finish(&bundle) }
+    std::panic::set_hook(hook);
+    let cut_short = match run {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(panic) => Some(format!("could not be run: {}", message(&*panic))),
+    };
+    Verdict { kind: Some(name), findings: report.finish(&bundle, cut_short) }
 }
 
 /// The first line of a panic's message.

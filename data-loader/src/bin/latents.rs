@@ -53,7 +53,9 @@ impl Place {
                 "latent_flipped" => &mut columns.latent_flipped,
                 "label" => &mut columns.label,
                 "id" => &mut columns.id,
-                _ => anyhow::bail!("--column {text}: unknown key `{key}`; expected latent, latent_mean, latent_logvar, latent_flipped, label or id"),
+                _ => anyhow::bail!(
+                    "--column {text}: unknown key `{key}`; expected latent, latent_mean, latent_logvar, latent_flipped, label or id"
+                ),
             };
             *column = name.to_owned();
         }
@@ -90,7 +92,13 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
             }
             let meta = dataset.meta();
             if problems.is_empty() {
-                println!("{}: good: {} rows in {} row groups of {} files", dataset.name(), meta.rows, meta.row_groups, meta.files);
+                println!(
+                    "{}: good: {} rows in {} row groups of {} files",
+                    dataset.name(),
+                    meta.rows,
+                    meta.row_groups,
+                    meta.files
+                );
                 return Ok(ExitCode::SUCCESS);
             }
             eprintln!("{}: {} problems in {} rows", dataset.name(), problems.len(), meta.rows);

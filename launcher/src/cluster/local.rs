@@ -16,30 +16,21 @@ pub struct Local {
 impl Local {
     /// As the user of this process.
     pub fn this_user() -> Local {
-        Local {
-            is_root: nix::unistd::geteuid().is_root(),
-        }
+        Local { is_root: nix::unistd::geteuid().is_root() }
     }
 }
 
 impl Cluster for Local {
     fn command(&self, plan: &Plan, trainer: &TrainerCall) -> Result<EngineCommand, NotBuilt> {
         if plan.nodes != 1 || !plan.hosts.is_empty() {
-            return Err(NotBuilt {
-                via: plan.via,
-                nodes: plan.nodes,
-            });
+            return Err(NotBuilt { via: plan.via, nodes: plan.nodes });
         }
         let (mut argv, output) = match plan.world_size {
             1 => (Vec::new(), Output::RankZero),
             _ => (self.mpirun(plan.world_size), Output::Tagged),
         };
         argv.extend(trainer.argv());
-        Ok(EngineCommand {
-            argv,
-            env: environment(plan.threads_per_rank),
-            output,
-        })
+        Ok(EngineCommand { argv, env: environment(plan.threads_per_rank), output })
     }
 }
 
@@ -52,11 +43,7 @@ impl Local {
         // Binding is left to the scheduler: ranks may share the machine with others, and threads are counted by env.
         argv.extend(["--oversubscribe", "--bind-to", "none", "--tag-output"].map(OsString::from));
         // Waiting ranks give their core away; and nothing listens on other interfaces than the loopback.
-        for (key, value) in [
-            ("mpi_yield_when_idle", "1"),
-            ("oob_tcp_if_include", "lo"),
-            ("btl_tcp_if_include", "lo"),
-        ] {
+        for (key, value) in [("mpi_yield_when_idle", "1"), ("oob_tcp_if_include", "lo"), ("btl_tcp_if_include", "lo")] {
             argv.extend(["--mca", key, value].map(OsString::from));
         }
         argv.extend(["-n".into(), world_size.to_string().into()]);

@@ -55,10 +55,7 @@ pub enum Output {
 impl EngineCommand {
     /// The arguments for people to read: no credentials.
     pub fn shown(&self) -> Vec<String> {
-        self.argv
-            .iter()
-            .map(|argument| location::redact(&argument.to_string_lossy()))
-            .collect()
+        self.argv.iter().map(|argument| location::redact(&argument.to_string_lossy())).collect()
     }
 }
 
@@ -76,31 +73,20 @@ impl TrainerCall {
         let this = std::env::current_exe().context("cannot find the launcher's own executable")?;
         let config = std::path::absolute(&cli.config)
             .with_context(|| format!("cannot make the path {} absolute", cli.config.display()))?;
-        Ok(TrainerCall {
-            program: this.with_file_name("trainer"),
-            config,
-            overrides: cli.set.clone(),
-        })
+        Ok(TrainerCall { program: this.with_file_name("trainer"), config, overrides: cli.set.clone() })
     }
 
     /// Refuses a trainer that is not there; better here than once per rank.
     pub fn check(&self) -> anyhow::Result<()> {
         if !self.program.is_file() {
-            bail!(
-                "{}: no trainer beside the launcher; build it with ./dev build",
-                self.program.display()
-            );
+            bail!("{}: no trainer beside the launcher; build it with ./dev build", self.program.display());
         }
         Ok(())
     }
 
     fn argv(&self) -> Vec<OsString> {
-        let mut argv: Vec<OsString> = vec![
-            self.program.clone().into(),
-            "train".into(),
-            "--config".into(),
-            self.config.clone().into(),
-        ];
+        let mut argv: Vec<OsString> =
+            vec![self.program.clone().into(), "train".into(), "--config".into(), self.config.clone().into()];
         for pair in &self.overrides {
             argv.extend(["--set".into(), pair.into()]);
         }
@@ -121,9 +107,6 @@ struct Unbuilt;
 
 impl Cluster for Unbuilt {
     fn command(&self, plan: &Plan, _: &TrainerCall) -> Result<EngineCommand, NotBuilt> {
-        Err(NotBuilt {
-            via: plan.via,
-            nodes: plan.nodes,
-        })
+        Err(NotBuilt { via: plan.via, nodes: plan.nodes })
     }
 }

@@ -41,13 +41,7 @@ impl Demux {
             Output::RankZero => (Some(0), is_stderr),
             Output::Tagged => (None, is_stderr),
         };
-        Demux {
-            output,
-            home,
-            current: home,
-            unfinished: BTreeMap::new(),
-            pending: Vec::new(),
-        }
+        Demux { output, home, current: home, unfinished: BTreeMap::new(), pending: Vec::new() }
     }
 
     /// Takes the next bytes; gives the lines that they complete.
@@ -115,20 +109,13 @@ impl Demux {
 
 fn line((rank, is_stderr): Writer, bytes: &[u8]) -> Line {
     let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
-    Line {
-        rank,
-        is_stderr,
-        text: String::from_utf8_lossy(bytes).into_owned(),
-    }
+    Line { rank, is_stderr, text: String::from_utf8_lossy(bytes).into_owned() }
 }
 
 /// The rank and stream of a complete mark such as `[1,0]<stdout>:`.
 fn mark(bytes: &[u8]) -> Option<Writer> {
     let text = std::str::from_utf8(bytes).ok()?;
-    let (ids, stream) = text
-        .strip_prefix('[')?
-        .strip_suffix(">:")?
-        .split_once("]<")?;
+    let (ids, stream) = text.strip_prefix('[')?.strip_suffix(">:")?.split_once("]<")?;
     let (_job, rank) = ids.split_once(',')?;
     let is_stderr = match stream {
         "stdout" => false,
@@ -154,9 +141,7 @@ fn could_be_mark(so_far: &[u8], next: u8) -> bool {
         };
     };
     let tail = &so_far[close + 1..];
-    [b"<stdout>:", b"<stderr>:"]
-        .iter()
-        .any(|wanted| wanted.starts_with(tail) && wanted.get(tail.len()) == Some(&next))
+    [b"<stdout>:", b"<stderr>:"].iter().any(|wanted| wanted.starts_with(tail) && wanted.get(tail.len()) == Some(&next))
 }
 
 #[cfg(test)]
@@ -165,15 +150,9 @@ mod tests {
 
     fn lines(output: Output, pieces: &[&str]) -> Vec<(Option<usize>, bool, String)> {
         let mut demux = Demux::new(output, false);
-        let mut lines: Vec<Line> = pieces
-            .iter()
-            .flat_map(|piece| demux.push(piece.as_bytes()))
-            .collect();
+        let mut lines: Vec<Line> = pieces.iter().flat_map(|piece| demux.push(piece.as_bytes())).collect();
         lines.extend(demux.finish());
-        lines
-            .into_iter()
-            .map(|line| (line.rank, line.is_stderr, line.text))
-            .collect()
+        lines.into_iter().map(|line| (line.rank, line.is_stderr, line.text)).collect()
     }
 
     fn of(rank: Option<usize>, text: &str) -> (Option<usize>, bool, String) {
@@ -182,29 +161,13 @@ mod tests {
 
     #[test]
     fn marked_lines_belong_to_their_rank_and_others_to_the_engine() {
-        let got = lines(
-            Output::Tagged,
-            &["[1,0]<stdout>:a\n[1,12]<stderr>:b\nmpirun says\n"],
-        );
-        assert_eq!(
-            got,
-            [
-                of(Some(0), "a"),
-                (Some(12), true, "b".into()),
-                of(None, "mpirun says")
-            ]
-        );
+        let got = lines(Output::Tagged, &["[1,0]<stdout>:a\n[1,12]<stderr>:b\nmpirun says\n"]);
+        assert_eq!(got, [of(Some(0), "a"), (Some(12), true, "b".into()), of(None, "mpirun says")]);
     }
 
     #[test]
     fn a_line_in_pieces_with_others_between_is_put_together() {
-        let got = lines(
-            Output::Tagged,
-            &[
-                "[1,1]<stdout>:one [1,0]<stdout>:x\n",
-                "[1,1]<stdout>:line\n",
-            ],
-        );
+        let got = lines(Output::Tagged, &["[1,1]<stdout>:one [1,0]<stdout>:x\n", "[1,1]<stdout>:line\n"]);
         assert_eq!(got, [of(Some(0), "x"), of(Some(1), "one line")]);
     }
 
@@ -213,20 +176,13 @@ mod tests {
         let text = "[1,3]<stdout>:abc\n[1,2]<stdout>:d\n";
         for cut in 0..text.len() {
             let (head, tail) = text.split_at(cut);
-            assert_eq!(
-                lines(Output::Tagged, &[head, tail]),
-                [of(Some(3), "abc"), of(Some(2), "d")],
-                "cut at {cut}"
-            );
+            assert_eq!(lines(Output::Tagged, &[head, tail]), [of(Some(3), "abc"), of(Some(2), "d")], "cut at {cut}");
         }
     }
 
     #[test]
     fn brackets_in_text_stay_text() {
-        let got = lines(
-            Output::Tagged,
-            &["[1,0]<stdout>:loss [0.1, 2][3,4] [1,2]<std> [[1,0\n"],
-        );
+        let got = lines(Output::Tagged, &["[1,0]<stdout>:loss [0.1, 2][3,4] [1,2]<std> [[1,0\n"]);
         assert_eq!(got, [of(Some(0), "loss [0.1, 2][3,4] [1,2]<std> [[1,0")]);
     }
 
@@ -242,25 +198,13 @@ mod tests {
     fn an_endless_line_is_cut() {
         let long = "x".repeat(MAX_LINE_BYTES + 5);
         let got = lines(Output::RankZero, &[&long]);
-        assert_eq!(
-            got.iter()
-                .map(|(_, _, text)| text.len())
-                .collect::<Vec<_>>(),
-            [MAX_LINE_BYTES, 5]
-        );
+        assert_eq!(got.iter().map(|(_, _, text)| text.len()).collect::<Vec<_>>(), [MAX_LINE_BYTES, 5]);
     }
 
     #[test]
     fn carriage_returns_and_foreign_bytes_do_no_harm() {
         let mut demux = Demux::new(Output::RankZero, true);
         let got = demux.push(b"a\xffb\r\n");
-        assert_eq!(
-            got,
-            [Line {
-                rank: Some(0),
-                is_stderr: true,
-                text: "a\u{fffd}b".into()
-            }]
-        );
+        assert_eq!(got, [Line { rank: Some(0), is_stderr: true, text: "a\u{fffd}b".into() }]);
     }
 }

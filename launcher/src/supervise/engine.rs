@@ -15,12 +15,15 @@ use nix::unistd::{Pid, getpid, getppid, setsid};
 use super::Report;
 use super::demux::Demux;
 use super::faults::Ended;
+use super::guard::Guard;
+use super::session;
 use crate::cluster::EngineCommand;
 
 /// A running engine.
 pub struct Engine {
     child: Child,
     session: Pid,
+    guard: Guard,
 }
 
 impl Engine {
@@ -29,17 +32,12 @@ impl Engine {
     /// In a session of its own, so that a Ctrl-C at the terminal reaches the launcher alone. The kernel ends it when
     /// the *thread* that started it ends: call this from the main thread.
     pub fn start(command: &EngineCommand, reports: &SyncSender<Report>) -> anyhow::Result<Engine> {
-        let (program, arguments) = command
-            .argv
-            .split_first()
-            .ok_or_else(|| anyhow!("the engine's command is empty"))?;
+        let (program, arguments) =
+            command.argv.split_first().ok_or_else(|| anyhow!("the engine's command is empty"))?;
         let launcher = getpid();
         let mut process = Command::new(program);
         process.args(arguments).envs(command.env.iter().cloned());
-        process
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        process.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // SAFETY: between fork and exec only setsid, prctl and getppid are called, which are async-signal-safe and
         // allocate nothing (an error is a plain errno).
         unsafe {
@@ -47,27 +45,22 @@ impl Engine {
                 setsid()?;
                 prctl::set_pdeathsig(Signal::SIGTERM)?;
                 // The launcher may have died before the line above took effect.
-                if getppid() != launcher {
-                    Err(nix::errno::Errno::ESRCH.into())
-                } else {
-                    Ok(())
-                }
+                if getppid() != launcher { Err(nix::errno::Errno::ESRCH.into()) } else { Ok(()) }
             });
         }
+        let mut guard = Guard::start()?;
         let mut child = process.spawn().with_context(|| not_started(program))?;
         let pid = i32::try_from(child.id()).context("process id out of range")?;
-        let engine_output = command.output;
+        let session = Pid::from_raw(pid);
+        guard.watch(session)?;
         if let Some(stdout) = child.stdout.take() {
-            read_in_background(stdout, Demux::new(engine_output, false), reports.clone())?;
+            read_in_background(stdout, Demux::new(command.output, false), reports.clone())?;
         }
         if let Some(stderr) = child.stderr.take() {
-            read_in_background(stderr, Demux::new(engine_output, true), reports.clone())?;
+            read_in_background(stderr, Demux::new(command.output, true), reports.clone())?;
         }
-        wait_in_background(Pid::from_raw(pid), reports.clone())?;
-        Ok(Engine {
-            child,
-            session: Pid::from_raw(pid),
-        })
+        wait_in_background(session, reports.clone())?;
+        Ok(Engine { child, session, guard })
     }
 
     /// Sends a signal to the engine's main process. mpirun hands USR1 on to all ranks, and ends them on TERM.
@@ -78,18 +71,7 @@ impl Engine {
 
     /// Kills every process of the session, ranks included (mpirun gives each a process group of its own).
     pub fn kill_all(&self) {
-        // Again until nothing is left, because a process may be forking; bounded, because a process in the kernel's
-        // uninterruptible sleep dies only when that ends.
-        for _ in 0..20 {
-            let members = members(self.session);
-            if members.is_empty() {
-                return;
-            }
-            for pid in members {
-                let _ = kill(pid, Signal::SIGKILL);
-            }
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
+        session::kill_all(self.session);
     }
 
     /// Ends what is left of the session after its main process has ended.
@@ -97,15 +79,12 @@ impl Engine {
         self.kill_all();
         // Only to collect the exit status, which the waiting thread has already reported.
         let _ = self.child.try_wait();
+        self.guard.release();
     }
 }
 
 fn not_started(program: &OsStr) -> String {
-    let hint = if program == "mpirun" {
-        "; install OpenMPI (Debian: apt-get install openmpi-bin)"
-    } else {
-        ""
-    };
+    let hint = if program == "mpirun" { "; install OpenMPI (Debian: apt-get install openmpi-bin)" } else { "" };
     format!("cannot start {}{hint}", program.display())
 }
 
@@ -132,10 +111,7 @@ fn read_in_background(
         }
         let _ = reports.send(Report::Closed);
     };
-    std::thread::Builder::new()
-        .name("engine-output".to_owned())
-        .spawn(work)
-        .context("cannot start a thread")?;
+    std::thread::Builder::new().name("engine-output".to_owned()).spawn(work).context("cannot start a thread")?;
     Ok(())
 }
 
@@ -153,45 +129,6 @@ fn wait_in_background(pid: Pid, reports: SyncSender<Report>) -> anyhow::Result<(
         };
         let _ = reports.send(Report::Ended(ended));
     };
-    std::thread::Builder::new()
-        .name("engine-wait".to_owned())
-        .spawn(work)
-        .context("cannot start a thread")?;
+    std::thread::Builder::new().name("engine-wait".to_owned()).spawn(work).context("cannot start a thread")?;
     Ok(())
-}
-
-/// Live processes of a session, from /proc.
-fn members(session: Pid) -> Vec<Pid> {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    ids.filter(|pid| {
-        std::fs::read_to_string(format!("/proc/{pid}/stat"))
-            .ok()
-            .and_then(|stat| live_session(&stat))
-            == Some(session.as_raw())
-    })
-    .map(Pid::from_raw)
-    .collect()
-}
-
-/// The session of a process that is not a zombie, from the text of /proc/PID/stat: `pid (name) state ppid pgrp session …`.
-fn live_session(stat: &str) -> Option<i32> {
-    // The name may hold anything, parentheses and spaces too.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let mut fields = rest.split(' ');
-    let state = fields.next()?;
-    let session = fields.nth(2)?.parse().ok()?;
-    (!matches!(state, "Z" | "X")).then_some(session)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sessions_are_read_past_any_process_name() {
-        assert_eq!(live_session("12 (a) b) S 1 12 77 0 -1"), Some(77));
-        assert_eq!(live_session("12 (mpirun) Z 1 12 77 0 -1"), None);
-        assert_eq!(live_session(""), None);
-    }
 }

@@ -41,14 +41,13 @@ impl Faults {
         self.ended.is_some() || !self.said.is_empty()
     }
 
-    /// Takes a stderr line of a rank. Error lines begin with `trainer:`; warnings and notes say so.
+    /// Takes a stderr line of a rank. Error lines begin with `trainer: error:` (or `trainer:`); warnings and notes say so.
     pub fn rank_line(&mut self, rank: usize, text: &str) {
         let Some(error) = text.strip_prefix("trainer:").map(str::trim) else {
             return;
         };
-        let harmless = ["warning", "note", "info"]
-            .iter()
-            .any(|word| error.starts_with(word));
+        let harmless = ["warning", "note", "info"].iter().any(|word| error.starts_with(word));
+        let error = error.strip_prefix("error:").map_or(error, str::trim);
         if !harmless && !self.said.iter().any(|(known, _)| *known == rank) {
             self.said.push((rank, error.to_owned()));
         }
@@ -65,8 +64,7 @@ impl Faults {
                 message.push(text.to_owned());
                 self.message = Some(message);
             }
-            (None, false)
-                if text.trim().is_empty() || text.starts_with("mpirun: Forwarding signal") => {}
+            (None, false) if text.trim().is_empty() || text.starts_with("mpirun: Forwarding signal") => {}
             (None, false) => return vec![text.to_owned()],
         }
         Vec::new()
@@ -90,8 +88,7 @@ impl Faults {
     /// A rank that was killed says nothing, so mpirun's word counts; otherwise the rank that complained first is the
     /// cause, even if another one, which lost its partner, ended before it.
     pub fn describe(&self) -> Option<String> {
-        let how =
-            |ended: Option<Ended>| ended.map(|ended| format!(" ({ended})")).unwrap_or_default();
+        let how = |ended: Option<Ended>| ended.map(|ended| format!(" ({ended})")).unwrap_or_default();
         match (self.ended, self.said.first()) {
             (None, None) => None,
             (Some((rank, ended)), None) | (Some((rank, ended @ Some(Ended::Signal(_)))), _) => {
@@ -102,10 +99,9 @@ impl Faults {
             (Some((rank, ended)), Some((speaker, said))) if rank == *speaker => {
                 Some(format!("rank {rank} failed{}: {said}", how(ended)))
             }
-            (Some((rank, ended)), Some((speaker, said))) => Some(format!(
-                "rank {speaker} failed: {said}; rank {rank} ended first{}",
-                how(ended)
-            )),
+            (Some((rank, ended)), Some((speaker, said))) => {
+                Some(format!("rank {speaker} failed: {said}; rank {rank} ended first{}", how(ended)))
+            }
             (None, Some((speaker, said))) => Some(format!("rank {speaker} failed: {said}")),
         }
     }
@@ -124,10 +120,7 @@ impl Faults {
         if text.starts_with("Primary job  terminated normally") {
             return Vec::new();
         }
-        message
-            .into_iter()
-            .filter(|line| !line.trim().is_empty())
-            .collect()
+        message.into_iter().filter(|line| !line.trim().is_empty()).collect()
     }
 }
 
@@ -154,11 +147,7 @@ fn after<'a>(text: &'a str, phrase: &str) -> Option<&'a str> {
 
 fn leading_number<N: std::str::FromStr>(text: &str) -> Option<N> {
     let text = text.trim_start();
-    text[..text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len())]
-        .parse()
-        .ok()
+    text[..text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len())].parse().ok()
 }
 
 #[cfg(test)]
@@ -166,8 +155,7 @@ fn leading_number<N: std::str::FromStr>(text: &str) -> Option<N> {
 mod tests {
     use super::*;
 
-    const DASHES: &str =
-        "--------------------------------------------------------------------------";
+    const DASHES: &str = "--------------------------------------------------------------------------";
 
     /// What is shown, and what is known afterwards.
     fn after_message(text: &str) -> (Vec<String>, Option<String>) {
@@ -183,46 +171,24 @@ mod tests {
 
     #[test]
     fn mpiruns_messages_name_the_rank() {
-        let killed =
-            "mpirun noticed that process rank 1 with PID 0 on node vm exited on signal 9 (Killed).";
-        assert_eq!(
-            after_message(killed),
-            (
-                vec![],
-                Some("rank 1 failed (killed by signal 9 (SIGKILL))".into())
-            )
-        );
+        let killed = "mpirun noticed that process rank 1 with PID 0 on node vm exited on signal 9 (Killed).";
+        assert_eq!(after_message(killed), (vec![], Some("rank 1 failed (killed by signal 9 (SIGKILL))".into())));
         let exited = "mpirun detected that one or more processes exited with non-zero status, thus causing\nthe job to be terminated. The first process to do so was:\n\n  Process name: [[11033,1],12]\n  Exit code:    3";
-        assert_eq!(
-            after_message(exited),
-            (vec![], Some("rank 12 failed (exit code 3)".into()))
-        );
+        assert_eq!(after_message(exited), (vec![], Some("rank 12 failed (exit code 3)".into())));
         let aborted = "MPI_ABORT was invoked on rank 3 in communicator MPI_COMM_WORLD\nwith errorcode 42.\n\nNOTE: invoking MPI_ABORT causes Open MPI to kill all MPI processes.";
-        assert_eq!(
-            after_message(aborted),
-            (vec![], Some("rank 3 failed (exit code 42)".into()))
-        );
+        assert_eq!(after_message(aborted), (vec![], Some("rank 3 failed (exit code 42)".into())));
     }
 
     #[test]
     fn a_saved_rank_is_no_failure() {
-        let saved =
-            "The first process to do so was:\n\n  Process name: [[11021,1],0]\n  Exit code:    75";
+        let saved = "The first process to do so was:\n\n  Process name: [[11021,1],0]\n  Exit code:    75";
         assert_eq!(after_message(saved), (vec![], None));
     }
 
     #[test]
     fn other_messages_are_shown() {
-        let (shown, known) = after_message(
-            "mpirun was unable to launch the specified application\n\nExecutable: /x",
-        );
-        assert_eq!(
-            shown,
-            [
-                "mpirun was unable to launch the specified application",
-                "Executable: /x"
-            ]
-        );
+        let (shown, known) = after_message("mpirun was unable to launch the specified application\n\nExecutable: /x");
+        assert_eq!(shown, ["mpirun was unable to launch the specified application", "Executable: /x"]);
         assert_eq!(known, None);
         assert_eq!(
             Faults::default().engine_line("2 total processes failed to start"),
@@ -244,12 +210,9 @@ mod tests {
         faults.rank_line(2, "trainer: warning: slow disk");
         faults.rank_line(2, "some other line");
         assert!(!faults.any());
-        faults.rank_line(1, "trainer: part.parquet: cut off");
+        faults.rank_line(1, "trainer: error: part.parquet: cut off");
         faults.rank_line(0, "trainer: rank 1 is gone");
-        assert_eq!(
-            faults.describe().unwrap(),
-            "rank 1 failed: part.parquet: cut off"
-        );
+        assert_eq!(faults.describe().unwrap(), "rank 1 failed: part.parquet: cut off");
         faults.rank_ended(0, Ended::Exit(1));
         assert_eq!(
             faults.describe().unwrap(),
@@ -263,9 +226,6 @@ mod tests {
         faults.rank_line(0, "trainer: rank 1 is gone");
         faults.rank_ended(1, Ended::Signal(9));
         faults.rank_ended(0, Ended::Exit(1));
-        assert_eq!(
-            faults.describe().unwrap(),
-            "rank 1 failed (killed by signal 9 (SIGKILL))"
-        );
+        assert_eq!(faults.describe().unwrap(), "rank 1 failed (killed by signal 9 (SIGKILL))");
     }
 }

@@ -7,6 +7,8 @@ mod console;
 mod demux;
 mod engine;
 mod faults;
+mod guard;
+mod session;
 mod verdict;
 
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -19,6 +21,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 pub use console::say;
+pub use guard::run_if_asked as run_as_guard_if_asked;
 
 use crate::cluster::{EngineCommand, Output};
 use crate::plan::Plan;
@@ -60,9 +63,7 @@ pub fn run(command: &EngineCommand, plan: &Plan) -> anyhow::Result<i32> {
     let mut watch = Watch::new(engine, command.output, plan.steps);
     while !watch.is_over() {
         let report = match watch.deadline() {
-            Some(deadline) => {
-                reports.recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            }
+            Some(deadline) => reports.recv_timeout(deadline.saturating_duration_since(Instant::now())),
             None => reports.recv().map_err(|_| RecvTimeoutError::Disconnected),
         };
         match report {
@@ -77,17 +78,13 @@ pub fn run(command: &EngineCommand, plan: &Plan) -> anyhow::Result<i32> {
 }
 
 fn catch_signals(reports: SyncSender<Report>) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1])
-        .context("cannot set signal handlers up")?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).context("cannot set signal handlers up")?;
     let work = move || {
         signals.forever().for_each(|signal| {
             let _ = reports.send(Report::Signal(signal));
         })
     };
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(work)
-        .context("cannot start a thread")?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(work).context("cannot start a thread")?;
     Ok(())
 }
 
@@ -146,8 +143,7 @@ impl Watch {
 
     /// The main process has ended, and all that it said has been read or has had its time.
     fn is_over(&self) -> bool {
-        self.ended
-            .is_some_and(|(_, when)| self.open_streams == 0 || when.elapsed() >= DRAIN)
+        self.ended.is_some_and(|(_, when)| self.open_streams == 0 || when.elapsed() >= DRAIN)
     }
 
     /// When `act` has something to do even if no report comes.
@@ -203,9 +199,7 @@ impl Watch {
         self.is_started = true;
         match event {
             Event::Start { resumed_from, .. } => self.saved_step = *resumed_from,
-            Event::Checkpoint { step, .. } | Event::Stop { step, .. } => {
-                self.saved_step = Some(*step)
-            }
+            Event::Checkpoint { step, .. } | Event::Stop { step, .. } => self.saved_step = Some(*step),
             Event::Done { step, .. } => self.is_done = *step >= self.steps,
             Event::Step { .. } | Event::Sample { .. } => {}
         }
@@ -218,14 +212,12 @@ impl Watch {
         let name = Signal::try_from(signal).map_or("a signal", Signal::as_str);
         self.terminations += usize::from(signal != SIGUSR1);
         if self.terminations >= 2 {
-            self.console
-                .say(&format!("launcher: {name} again: ending all ranks"));
+            self.console.say(&format!("launcher: {name} again: ending all ranks"));
             self.force("asked a second time");
         } else if self.stop == Stop::NotAsked {
             self.stop = Stop::Held;
-            self.console.say(&format!(
-                "launcher: {name}: asking the ranks to save and stop; once more ends them at once"
-            ));
+            self.console
+                .say(&format!("launcher: {name}: asking the ranks to save and stop; once more ends them at once"));
         }
     }
 
@@ -241,16 +233,10 @@ impl Watch {
         if self.fault_seen.is_none() && self.faults.any() {
             self.fault_seen = Some(now);
         }
-        if self
-            .fault_seen
-            .is_some_and(|when| now >= when + AFTER_FAULT)
-        {
+        if self.fault_seen.is_some_and(|when| now >= when + AFTER_FAULT) {
             self.force("a rank had failed and the others did not end");
         }
-        if self
-            .forced
-            .is_some_and(|(_, when)| now >= when + TERM_TO_KILL)
-        {
+        if self.forced.is_some_and(|(_, when)| now >= when + TERM_TO_KILL) {
             self.engine.kill_all();
             self.is_killed = true;
         }
@@ -266,18 +252,12 @@ impl Watch {
     /// Ends what is left and gives the exit code.
     fn finish(mut self) -> i32 {
         for text in self.faults.finish() {
-            self.console.line(&Line {
-                rank: None,
-                is_stderr: true,
-                text,
-            });
+            self.console.line(&Line { rank: None, is_stderr: true, text });
         }
         self.console.finish();
         self.engine.finish();
         let end = End {
-            ended: self
-                .ended
-                .map_or(Ended::Exit(configs::exit::FAILED), |(ended, _)| ended),
+            ended: self.ended.map_or(Ended::Exit(configs::exit::FAILED), |(ended, _)| ended),
             is_done: self.is_done,
             is_started: self.is_started,
             steps: self.steps,

@@ -33,51 +33,29 @@ impl End {
             None => "no checkpoint was seen in this start; the same command takes the last committed one".to_owned(),
         };
         if let Some(why) = self.forced {
-            let cause = self
-                .fault
-                .clone()
-                .map(|fault| format!(" ({fault})"))
-                .unwrap_or_default();
-            return (
-                exit::FAILED,
-                format!("all ranks were ended: {why}{cause}; {resume}"),
-            );
+            let cause = self.fault.clone().map(|fault| format!(" ({fault})")).unwrap_or_default();
+            return (exit::FAILED, format!("all ranks were ended: {why}{cause}; {resume}"));
         }
         match (self.ended, &self.fault) {
-            (Ended::Exit(exit::OK), _) if self.is_done => (
-                exit::OK,
-                format!("step {} of {} reached", self.steps, self.steps),
-            ),
+            (Ended::Exit(exit::OK), _) if self.is_done => {
+                (exit::OK, format!("step {} of {} reached", self.steps, self.steps))
+            }
             (Ended::Exit(exit::OK), _) => (
                 exit::FAILED,
-                format!(
-                    "the ranks ended without an error, but step {} was not reported as done; {resume}",
-                    self.steps
-                ),
+                format!("the ranks ended without an error, but step {} was not reported as done; {resume}", self.steps),
             ),
-            (Ended::Exit(exit::RESUMABLE), _) => {
-                (exit::RESUMABLE, format!("stopped and saved; {resume}"))
+            (Ended::Exit(exit::RESUMABLE), _) => (exit::RESUMABLE, format!("stopped and saved; {resume}")),
+            (ended, _) if self.is_stop_asked && !self.is_started => {
+                (exit::FAILED, format!("stopped before the run had started ({ended}); nothing was saved by this start"))
             }
-            (ended, _) if self.is_stop_asked && !self.is_started => (
-                exit::FAILED,
-                format!(
-                    "stopped before the run had started ({ended}); nothing was saved by this start"
-                ),
-            ),
             (Ended::Exit(exit::USAGE), fault) => (
                 exit::USAGE,
-                fault.clone().unwrap_or_else(|| {
-                    "the ranks refused the config or the command line".to_owned()
-                }),
+                fault.clone().unwrap_or_else(|| "the ranks refused the config or the command line".to_owned()),
             ),
-            (_, Some(fault)) => (
-                exit::FAILED,
-                format!("{fault}; all ranks were ended; {resume}"),
-            ),
-            (ended, None) => (
-                exit::FAILED,
-                format!("the engine ended: {ended}; no rank was named as the cause; {resume}"),
-            ),
+            (_, Some(fault)) => (exit::FAILED, format!("{fault}; all ranks were ended; {resume}")),
+            (ended, None) => {
+                (exit::FAILED, format!("the engine ended: {ended}; no rank was named as the cause; {resume}"))
+            }
         }
     }
 }
@@ -102,61 +80,23 @@ mod tests {
     #[test]
     fn only_a_reported_last_step_is_success() {
         assert_eq!(end(Ended::Exit(0)).verdict().0, exit::FAILED);
-        assert_eq!(
-            End {
-                is_done: true,
-                ..end(Ended::Exit(0))
-            }
-            .verdict()
-            .0,
-            exit::OK
-        );
-        assert_eq!(
-            End {
-                is_done: true,
-                ..end(Ended::Exit(1))
-            }
-            .verdict()
-            .0,
-            exit::FAILED
-        );
+        assert_eq!(End { is_done: true, ..end(Ended::Exit(0)) }.verdict().0, exit::OK);
+        assert_eq!(End { is_done: true, ..end(Ended::Exit(1)) }.verdict().0, exit::FAILED);
     }
 
     #[test]
     fn codes_that_scripts_act_on_pass_through_and_others_become_failure() {
         assert_eq!(end(Ended::Exit(75)).verdict().0, exit::RESUMABLE);
         assert_eq!(end(Ended::Exit(2)).verdict().0, exit::USAGE);
-        for ended in [
-            Ended::Exit(3),
-            Ended::Exit(137),
-            Ended::Signal(9),
-            Ended::Signal(15),
-        ] {
+        for ended in [Ended::Exit(3), Ended::Exit(137), Ended::Signal(9), Ended::Signal(15)] {
             assert_eq!(end(ended).verdict().0, exit::FAILED, "{ended}");
         }
-        assert_eq!(
-            End {
-                forced: Some("asked twice"),
-                is_done: true,
-                ..end(Ended::Exit(0))
-            }
-            .verdict()
-            .0,
-            exit::FAILED
-        );
+        assert_eq!(End { forced: Some("asked twice"), is_done: true, ..end(Ended::Exit(0)) }.verdict().0, exit::FAILED);
     }
 
     #[test]
     fn the_last_line_says_who_and_from_where_to_go_on() {
-        let (_, text) = End {
-            fault: Some("rank 1 failed (exit code 3)".into()),
-            ..end(Ended::Exit(3))
-        }
-        .verdict();
-        assert!(
-            text.starts_with("rank 1 failed (exit code 3)")
-                && text.ends_with("continue from step 5"),
-            "{text}"
-        );
+        let (_, text) = End { fault: Some("rank 1 failed (exit code 3)".into()), ..end(Ended::Exit(3)) }.verdict();
+        assert!(text.starts_with("rank 1 failed (exit code 3)") && text.ends_with("continue from step 5"), "{text}");
     }
 }

@@ -30,8 +30,14 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
         }
     }
     for (schedule, respacing) in chains {
-        let tables = dit::respaced(&schedule, &respacing)?;
         let group = format!("out/{schedule}/{}", if respacing.is_empty() { "full" } else { &respacing });
+        let tables = match dit::respaced(&schedule, &respacing) {
+            Ok(tables) => tables,
+            Err(error) => {
+                report.problem(format!("{group}: {error}"));
+                continue;
+            }
+        };
         for (name, table) in float_tables(&tables) {
             // The official code leaves the clipped logarithm of a chain of one step empty: it is never read.
             let unread = tables.timesteps() == 1 && name == "posterior_log_variance_clipped";

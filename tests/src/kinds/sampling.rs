@@ -87,7 +87,7 @@ fn run_variant(
         None => (z.shallow_clone(), y.shallow_clone()),
         Some(_) => {
             let null_label = model.null_label().ok_or_else(|| {
-                BundleError::Spec(format!("variant `{name}` needs a null label; `model.class_dropout_prob` is 0"))
+                BundleError::Run(format!("variant `{name}` needs a null label; `model.class_dropout_prob` is 0"))
             })?;
             (Tensor::cat(&[z, z], 0), Tensor::cat(&[y, &y.full_like(null_label)], 0))
         }

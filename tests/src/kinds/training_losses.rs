@@ -42,15 +42,15 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let output = pass.forward().output().detach();
     report.compare("out/x_t", &noised.x_t);
     report.compare("out/model_output", &output);
-    compare_losses(bundle, &objective, &noised, &output, report);
-    compare_variational_parts(&objective, &noised, &output, report);
+    let loose_bits = bundle.spec.text("description").and_then(|text| documented_bits(&text));
+    let mut likelihood = Likelihood { t: &noised.t, loose_bits, report };
+    compare_losses(&objective, &noised, &output, &mut likelihood);
+    compare_variational_parts(&objective, &noised, &output, &mut likelihood);
     compare_gradients(bundle, &objective, &pass, report)
 }
 
 /// Loss and parts per sample, for the model and for one whose output is zero, and the variants of the official code.
-fn compare_losses(bundle: &Bundle, objective: &VariationalEps, noised: &Noised, output: &Tensor, report: &mut Report) {
-    let loose_bits = bundle.spec.text("description").and_then(|text| documented_bits(&text));
-    let mut likelihood = Likelihood { t: &noised.t, loose_bits, report };
+fn compare_losses(objective: &VariationalEps, noised: &Noised, output: &Tensor, likelihood: &mut Likelihood) {
     for (of, output) in [("", output), ("zero_model/", &output.zeros_like())] {
         let (mse, vb) = objective.per_sample(output, noised);
         likelihood.report.compare(&format!("out/{of}mse"), &mse);
@@ -82,16 +82,33 @@ struct Likelihood<'r, 'b> {
 impl Likelihood<'_, '_> {
     /// `found` holds one value a sample, or the mean of all; `scale` is by what its likelihood part is multiplied.
     fn compare(&mut self, name: &str, found: &Tensor, scale: f64) {
-        let Some((expected, tolerance)) = self.report.reference(name, &found.size()) else { return };
+        let Some((expected, mut tolerance)) = self.report.reference(name, &found.size()) else { return };
+        tolerance.max.constant *= scale;
+        let Some(bits) = self.loose_bits else {
+            self.report.within(name, name, found, &expected, tolerance);
+            return;
+        };
         let of_mean = found.size()[0] != self.t.len() as i64;
-        for row in 0..found.size()[0] {
-            let has_likelihood = if of_mean { self.t.contains(&0) } else { self.t[row as usize] == 0 };
-            let tolerance = match self.loose_bits.filter(|_| has_likelihood) {
-                Some(bits) => Tolerance::absolute(bits * scale),
-                None => tolerance,
-            };
-            let (found, expected) = (found.narrow(0, row, 1), expected.narrow(0, row, 1));
-            self.report.within(name, &format!("{name}[{row}]"), &found, &expected, tolerance);
+        let has_likelihood = |row: usize| if of_mean { self.t.contains(&0) } else { self.t[row] == 0 };
+        let (loose, tight) = (0..found.size()[0]).partition(|&row| has_likelihood(row as usize));
+        for (rows, tolerance) in [(tight, tolerance), (loose, Tolerance::absolute(bits * scale))] {
+            self.within_rows(name, rows, found, &expected, tolerance);
+        }
+    }
+
+    /// Compares the likelihood itself: it is unused and saturated where t > 0, so only rows with t = 0 count.
+    fn compare_likelihood(&mut self, name: &str, found: &Tensor) {
+        let Some((expected, tolerance)) = self.report.reference(name, &found.size()) else { return };
+        let rows = (0..self.t.len() as i64).filter(|&row| self.t[row as usize] == 0).collect();
+        self.within_rows(name, rows, found, &expected, self.loose_bits.map_or(tolerance, Tolerance::absolute));
+    }
+
+    fn within_rows(&mut self, name: &str, rows: Vec<i64>, found: &Tensor, expected: &Tensor, tolerance: Tolerance) {
+        if !rows.is_empty() {
+            let label = format!("{name}, of rows {rows:?}");
+            let rows = Tensor::from_slice(&rows);
+            let (found, expected) = (found.index_select(0, &rows), expected.index_select(0, &rows));
+            self.report.within(name, &label, &found, &expected, tolerance);
         }
     }
 }
@@ -104,9 +121,10 @@ fn documented_bits(description: &str) -> Option<f64> {
 }
 
 /// True posterior and the model's, and the two candidates for the bound.
-fn compare_variational_parts(objective: &VariationalEps, noised: &Noised, output: &Tensor, report: &mut Report) {
+fn compare_variational_parts(objective: &VariationalEps, noised: &Noised, output: &Tensor, likelihood: &mut Likelihood) {
     let Noised { x_start, x_t, t, .. } = noised;
     let tables = &objective.tables;
+    let report = &mut *likelihood.report;
     report.compare("out/q_mean", &tables.posterior_mean(x_start, x_t, t));
     let q_log_variance = Tables::gather(&tables.posterior_log_variance_clipped, t, Device::Cpu);
     report.compare("out/q_log_variance", &q_log_variance.expand_as(x_t));
@@ -122,15 +140,7 @@ fn compare_variational_parts(objective: &VariationalEps, noised: &Noised, output
     report.compare("out/p_log_variance", &bound.p_log_variance);
     report.compare("out/p_pred_xstart", &bound.p_pred_xstart);
     report.compare("out/kl_bits", &bound.kl_bits);
-    // Unused and saturated where t > 0: those rows are not compared.
-    let name = "out/decoder_nll_bits";
-    if let Some((expected, tolerance)) = report.reference(name, &bound.decoder_nll_bits.size()) {
-        for (row, _) in t.iter().enumerate().filter(|(_, t)| **t == 0) {
-            let of_row = |tensor: &Tensor| tensor.narrow(0, row as i64, 1);
-            let (found, expected) = (of_row(&bound.decoder_nll_bits), of_row(&expected));
-            report.within("out/decoder_nll_bits (t = 0)", &format!("{name}[{row}]"), &found, &expected, tolerance);
-        }
-    }
+    likelihood.compare_likelihood("out/decoder_nll_bits", &bound.decoder_nll_bits);
 }
 
 /// One micro-batch through the engine.

@@ -52,7 +52,7 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
 }
 
 fn report(collective: &dyn Collective, error: &anyhow::Error) {
-    eprintln!("trainer: rank {}: error: {error:#}", collective.rank());
+    eprintln!("trainer: error: rank {}: {error:#}", collective.rank());
 }
 
 fn end_with_parent() {

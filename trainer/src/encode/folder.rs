@@ -37,7 +37,7 @@ impl FolderSource {
 }
 
 impl ImageSource for FolderSource {
-    fn len(&self) -> usize {
+    fn count(&self) -> usize {
         self.files.len()
     }
 
@@ -80,9 +80,11 @@ fn sorted_entries(folder: &Path) -> Result<Vec<String>, SourceError> {
     let unreadable = |e: std::io::Error| SourceError::open(folder, format!("cannot list it: {e}"));
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(unreadable)? {
-        let name = entry.map_err(unreadable)?.file_name().into_string().map_err(|name| {
-            SourceError::open(&folder.join(name), "the name is not valid UTF-8; rename it")
-        })?;
+        let name = entry
+            .map_err(unreadable)?
+            .file_name()
+            .into_string()
+            .map_err(|name| SourceError::open(&folder.join(name), "the name is not valid UTF-8; rename it"))?;
         if !name.starts_with('.') {
             names.push(name);
         }
@@ -110,10 +112,9 @@ mod tests {
         std::fs::write(dir.path().join("n01/notes.txt"), "no image").unwrap();
         std::fs::write(dir.path().join("n02/z.jpeg"), "not a jpeg").unwrap();
         let source = FolderSource::open(dir.path()).unwrap();
-        assert_eq!((source.len(), source.num_classes()), (4, 2));
-        let read: Vec<(String, i64, u8)> = (0..3)
-            .map(|i| source.get(i).map(|s| (s.id, s.label, s.picture.pixels[0])).unwrap())
-            .collect();
+        assert_eq!((source.count(), source.num_classes()), (4, 2));
+        let read: Vec<(String, i64, u8)> =
+            (0..3).map(|i| source.get(i).map(|s| (s.id, s.label, s.picture.pixels[0])).unwrap()).collect();
         assert_eq!(read, [("n01/deep/c.png".into(), 0, 1), ("n02/a.PNG".into(), 1, 2), ("n02/b.png".into(), 1, 3)]);
         let error = source.get(3).unwrap_err();
         assert!(matches!(error, SourceError::Image { .. }) && error.to_string().contains("n02/z.jpeg"), "{error}");

@@ -51,7 +51,7 @@ impl IdxSource {
 }
 
 impl ImageSource for IdxSource {
-    fn len(&self) -> usize {
+    fn count(&self) -> usize {
         self.labels.len()
     }
 
@@ -78,7 +78,10 @@ impl ImageSource for IdxSource {
 fn find(dir: &Path, name: &str) -> Result<PathBuf, SourceError> {
     let candidates = [dir.join(format!("{name}.gz")), dir.join(name)];
     candidates.into_iter().find(|path| path.is_file()).ok_or_else(|| {
-        SourceError::open(dir, format!("found neither {name}.gz nor {name}; expected the four idx files of the data set"))
+        SourceError::open(
+            dir,
+            format!("found neither {name}.gz nor {name}; expected the four idx files of the data set"),
+        )
     })
 }
 
@@ -99,7 +102,10 @@ fn header<const N: usize>(path: &Path, bytes: &[u8], magic: u32) -> Result<[usiz
     let word = |i: usize| bytes.get(4 * i..4 * i + 4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
     if word(0) != Some(magic) {
         let found = word(0).map_or("nothing".into(), |m| format!("{m:#010x}"));
-        return Err(SourceError::open(path, format!("starts with {found}, expected the idx magic number {magic:#010x}")));
+        return Err(SourceError::open(
+            path,
+            format!("starts with {found}, expected the idx magic number {magic:#010x}"),
+        ));
     }
     let mut dims = [0; N];
     for (i, dim) in dims.iter_mut().enumerate() {
@@ -138,7 +144,7 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().unwrap();
         write_idx(dir.path(), 5);
         let source = IdxSource::open(&format!("{}:train", dir.path().display())).unwrap();
-        assert_eq!((source.len(), source.num_classes()), (5, 3));
+        assert_eq!((source.count(), source.num_classes()), (5, 3));
         let sample = source.get(4).unwrap();
         assert_eq!((sample.id.as_str(), sample.label), ("train/00004", 1));
         assert_eq!(sample.picture.pixels, (40..56).collect::<Vec<u8>>());

@@ -169,7 +169,9 @@ pub fn run(args: EncodeArgs) -> anyhow::Result<()> {
                 continue;
             }
             Ok(None) => {}
-            Ok(Some(found)) => progress.say(&format!("{}: holds {found} of {} rows, made again", path.display(), rows.len())),
+            Ok(Some(found)) => {
+                progress.say(&format!("{}: holds {found} of {} rows, made again", path.display(), rows.len()))
+            }
             Err(reason) => progress.say(&format!("{}: {reason}; made again", path.display())),
         }
         remove_leftovers(&path)?;
@@ -195,7 +197,7 @@ fn recipe(args: &EncodeArgs, vae: &AutoencoderKl, source: &dyn ImageSource) -> a
     let config = vae.config();
     let image_size = args.image_size.unwrap_or(config.sample_size as usize);
     ensure!(
-        image_size > 0 && image_size % config.factor() as usize == 0,
+        image_size > 0 && image_size.is_multiple_of(config.factor() as usize),
         "--image-size = {image_size}, expected a multiple of {} for the VAE in {}",
         config.factor(),
         args.vae.display()
@@ -217,7 +219,7 @@ fn recipe(args: &EncodeArgs, vae: &AutoencoderKl, source: &dyn ImageSource) -> a
     Ok(Recipe {
         format: FORMAT,
         source_digest: source.digest().to_string(),
-        rows: source.len(),
+        rows: source.count(),
         num_classes,
         vae_digest: vae.digest().context("the VAE was not loaded from a file")?.to_string(),
         scaling_factor: config.scaling_factor,
@@ -230,7 +232,7 @@ fn recipe(args: &EncodeArgs, vae: &AutoencoderKl, source: &dyn ImageSource) -> a
             StoredDtype::F16 => "f16".into(),
             StoredDtype::F32 => "f32".into(),
         },
-        parts: source.len().div_ceil(args.rows_per_file),
+        parts: source.count().div_ceil(args.rows_per_file),
         row_group_rows: args.row_group,
     })
 }
@@ -238,7 +240,10 @@ fn recipe(args: &EncodeArgs, vae: &AutoencoderKl, source: &dyn ImageSource) -> a
 fn device(choice: DeviceChoice, local_rank: usize) -> anyhow::Result<Device> {
     let gpus = tch::Cuda::device_count().max(0) as usize;
     let gpus = if tch::Cuda::is_available() { gpus } else { 0 };
-    ensure!(choice != DeviceChoice::Cuda || gpus > 0, "--device cuda: libtorch sees no GPU; expected one, or --device cpu");
+    ensure!(
+        choice != DeviceChoice::Cuda || gpus > 0,
+        "--device cuda: libtorch sees no GPU; expected one, or --device cpu"
+    );
     Ok(if choice == DeviceChoice::Cpu || gpus == 0 { Device::Cpu } else { Device::Cuda(local_rank % gpus) })
 }
 
@@ -251,7 +256,8 @@ fn remove_leftovers(path: &Path) -> anyhow::Result<()> {
         let entry = entry.with_context(listing)?;
         let found = entry.file_name().to_string_lossy().into_owned();
         if found.starts_with(&start) && found.ends_with(".tmp") {
-            std::fs::remove_file(entry.path()).with_context(|| format!("{}: cannot remove it", entry.path().display()))?;
+            std::fs::remove_file(entry.path())
+                .with_context(|| format!("{}: cannot remove it", entry.path().display()))?;
         }
     }
     Ok(())

@@ -117,7 +117,13 @@ impl PartEncoder<'_> {
         for (i, (id, &label)) in loaded.ids.iter().zip(&loaded.labels).enumerate() {
             let at = i * numel..(i + 1) * numel;
             let flipped = mirrored.as_ref().map(|m| (&m.mean[at.clone()], &m.logvar[at.clone()]));
-            writer.push(LatentRow { mean: &straight.mean[at.clone()], logvar: &straight.logvar[at], flipped, label, id })?;
+            writer.push(LatentRow {
+                mean: &straight.mean[at.clone()],
+                logvar: &straight.logvar[at],
+                flipped,
+                label,
+                id,
+            })?;
         }
         Ok(())
     }

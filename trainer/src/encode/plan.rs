@@ -69,7 +69,9 @@ impl Recipe {
         let path = out.join(FILE_NAME);
         if !path.exists() {
             // Looked for again after the listing: another rank may have claimed the folder and finished a part meanwhile.
-            if let Some(other) = any_parquet(out)? && !path.exists() {
+            if let Some(other) = any_parquet(out)?
+                && !path.exists()
+            {
                 bail!(
                     "{}: found {other} but no {FILE_NAME}; expected an empty folder or one that `trainer encode` made; choose another --out",
                     out.display()
@@ -88,7 +90,9 @@ impl Recipe {
             .into_iter()
             .flatten()
             .filter(|(key, value)| found.get(key.as_str()) != Some(value))
-            .map(|(key, value)| format!("`{key}` = {} there, {value} now", found.get(key.as_str()).unwrap_or(&serde_json::Value::Null)))
+            .map(|(key, value)| {
+                format!("`{key}` = {} there, {value} now", found.get(key.as_str()).unwrap_or(&serde_json::Value::Null))
+            })
             .collect();
         ensure!(
             differences.is_empty(),
@@ -150,7 +154,9 @@ impl Share {
         env: impl Fn(&str) -> Option<String>,
     ) -> anyhow::Result<Self> {
         let number = |name: &str| -> anyhow::Result<Option<usize>> {
-            env(name).map(|text| text.parse().with_context(|| format!("{name} = {text:?}, expected a number"))).transpose()
+            env(name)
+                .map(|text| text.parse().with_context(|| format!("{name} = {text:?}, expected a number")))
+                .transpose()
         };
         let from_env = (number("OMPI_COMM_WORLD_RANK")?, number("OMPI_COMM_WORLD_SIZE")?);
         let local_rank = number("OMPI_COMM_WORLD_LOCAL_RANK")?;

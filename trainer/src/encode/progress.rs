@@ -25,8 +25,9 @@ impl Progress {
     /// For a rank that has `total` images to do.
     pub(super) fn new(share: Share, total: usize) -> Self {
         let bar = (share.rank == 0 && std::io::stderr().is_terminal()).then(|| {
-            let style = ProgressStyle::with_template("{prefix} {bar:32} {human_pos}/{human_len} images {per_sec} ETA {eta}")
-                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style =
+                ProgressStyle::with_template("{prefix} {bar:32} {human_pos}/{human_len} images {per_sec} ETA {eta}")
+                    .unwrap_or_else(|_| ProgressStyle::default_bar());
             ProgressBar::new(total as u64).with_style(style).with_prefix("encode")
         });
         let prefix = match share.world_size {
@@ -57,7 +58,10 @@ impl Progress {
                 self.last_line = Instant::now();
                 let rate = self.encoded as f64 / self.started.elapsed().as_secs_f64();
                 let eta_s = (self.total - self.done) as f64 / rate;
-                eprintln!("{}: {}/{} images, {rate:.0} images/s, {eta_s:.0} s left", self.prefix, self.done, self.total);
+                eprintln!(
+                    "{}: {}/{} images, {rate:.0} images/s, {eta_s:.0} s left",
+                    self.prefix, self.done, self.total
+                );
             }
             None => {}
         }

@@ -54,7 +54,7 @@ pub struct Sample {
 /// An indexed set of labelled images. Reading is by position and from several threads at once; the order never changes.
 pub trait ImageSource: Sync {
     /// Number of images.
-    fn len(&self) -> usize;
+    fn count(&self) -> usize;
 
     /// Number of classes; labels are below it.
     fn num_classes(&self) -> usize;
@@ -62,7 +62,7 @@ pub trait ImageSource: Sync {
     /// Changes when the source holds other images (by names and sizes where reading every byte would be too slow).
     fn digest(&self) -> &str;
 
-    /// Reads image `index`, which must be below [`Self::len`].
+    /// Reads image `index`, which must be below [`Self::count`].
     ///
     /// # Errors
     /// [`SourceError::Image`] when this one image is unreadable.

@@ -86,12 +86,10 @@ fn any_number_of_ranks_writes_the_same_bytes() {
         run(EncodeArgs { rank: Some(rank), world_size: Some(3), loaders: 1, ..args(dir.path(), "three") }).unwrap();
     }
     let one = contents(&dir.path().join("one"));
-    assert_eq!(one.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), [
-        "encode.json",
-        "part-00000-of-00003.parquet",
-        "part-00001-of-00003.parquet",
-        "part-00002-of-00003.parquet",
-    ]);
+    assert_eq!(
+        one.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
+        ["encode.json", "part-00000-of-00003.parquet", "part-00001-of-00003.parquet", "part-00002-of-00003.parquet",]
+    );
     assert!(one == contents(&dir.path().join("three")), "three ranks wrote other bytes than one");
 }
 
@@ -110,7 +108,10 @@ fn rows_hold_the_moments_of_the_images_and_their_mirror_images_in_order() {
         // Pixel p of image i is 10·i + p; it stands in the middle of 8×8 black pixels, the same in all three channels.
         let picture: Vec<f32> = (0..16).map(|p| (10 * row + p) as f32 / 127.5 - 1.0).collect();
         let image = Tensor::full([1, 3, 8, 8], -1.0, (Kind::Float, Device::Cpu));
-        image.narrow(2, 2, 4).narrow(3, 2, 4).copy_(&Tensor::from_slice(&picture).reshape([1, 1, 4, 4]).expand([1, 3, 4, 4], false));
+        image
+            .narrow(2, 2, 4)
+            .narrow(3, 2, 4)
+            .copy_(&Tensor::from_slice(&picture).reshape([1, 1, 4, 4]).expand([1, 3, 4, 4], false));
         let (straight, mirrored) = (vae.encode(&image).unwrap(), vae.encode(&image.flip([3])).unwrap());
         for (column, expected) in [straight.mean, straight.logvar, mirrored.mean, mirrored.logvar].iter().enumerate() {
             let mut found = vec![0f32; 64];
@@ -152,7 +153,12 @@ fn an_unreadable_image_is_named_or_left_out_as_asked() {
         image::RgbImage::from_pixel(20, 30, image::Rgb([value; 3])).save(images.join(name)).unwrap();
     }
     std::fs::write(images.join("cat/2.png"), b"\x89PNG\r\n\x1a\n, cut short").unwrap();
-    let args = EncodeArgs { source: format!("folder:{}", images.display()), pad: false, rows_per_file: 100, ..args(dir.path(), "out") };
+    let args = EncodeArgs {
+        source: format!("folder:{}", images.display()),
+        pad: false,
+        rows_per_file: 100,
+        ..args(dir.path(), "out")
+    };
     let message = format!("{:#}", run(args.clone()).unwrap_err());
     assert!(message.contains("cat/2.png") && message.contains("not a readable image"), "{message}");
     assert_eq!(contents(&args.out).len(), 1, "only encode.json is there after a failure");
@@ -182,6 +188,7 @@ fn options_that_cannot_work_are_refused_before_anything_is_written() {
     for (args, expected) in refused {
         let message = format!("{:#}", run(args).unwrap_err());
         assert!(message.contains(expected), "{message}");
+        assert_eq!(message.matches("No such file").count().max(1), 1, "said twice: {message}");
     }
     assert!(!args.out.exists());
     // Images larger than the padded size are errors of those images.

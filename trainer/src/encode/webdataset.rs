@@ -49,7 +49,7 @@ impl WebDatasetSource {
 }
 
 impl ImageSource for WebDatasetSource {
-    fn len(&self) -> usize {
+    fn count(&self) -> usize {
         self.samples.len()
     }
 
@@ -93,7 +93,9 @@ fn index(path: &Path, shard: usize, samples: &mut Vec<Entry>) -> Result<(), Sour
         let (offset_bytes, size_bytes) = (entry.raw_file_position(), entry.size());
         // Seeking past the end succeeds, so a shard cut inside a member must be noticed here.
         if offset_bytes.saturating_add(size_bytes) > length_bytes {
-            let reason = format!("ends at byte {length_bytes} inside {member} ({size_bytes} bytes at {offset_bytes}); copy it again");
+            let reason = format!(
+                "ends at byte {length_bytes} inside {member} ({size_bytes} bytes at {offset_bytes}); copy it again"
+            );
             return Err(SourceError::open(path, reason));
         }
         let Some((key, ending)) = split_member(&member).filter(|_| entry.header().entry_type().is_file()) else {
@@ -116,12 +118,11 @@ fn index(path: &Path, shard: usize, samples: &mut Vec<Entry>) -> Result<(), Sour
                     return Err(SourceError::open(path, reason));
                 }
             }
-            image if IMAGE_EXTENSIONS.contains(&image) => {
-                if pending.image.replace((offset_bytes, size_bytes)).is_some() {
-                    return Err(SourceError::open(path, format!("the sample {key:?} has several images, expected one")));
-                }
+            image if !IMAGE_EXTENSIONS.contains(&image) => {}
+            _ if pending.image.is_some() => {
+                return Err(SourceError::open(path, format!("the sample {key:?} has several images, expected one")));
             }
-            _ => {}
+            _ => pending.image = Some((offset_bytes, size_bytes)),
         }
     }
     finish(path, shard, pending, samples)?;
@@ -206,7 +207,9 @@ mod tests {
 
     fn png(value: u8) -> Vec<u8> {
         let mut bytes = std::io::Cursor::new(Vec::new());
-        image::RgbImage::from_pixel(1, 1, image::Rgb([value; 3])).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+        image::RgbImage::from_pixel(1, 1, image::Rgb([value; 3]))
+            .write_to(&mut bytes, image::ImageFormat::Png)
+            .unwrap();
         bytes.into_inner()
     }
 
@@ -225,21 +228,23 @@ mod tests {
     fn members_are_grouped_by_key_and_read_from_their_shard() {
         let dir = tempfile::tempdir().unwrap();
         let long = format!("{}/x", "long".repeat(40));
-        shard(&dir.path().join("s-01.tar"), &[
-            ("b.cls", b"7\n".to_vec()),
-            ("b.png", png(3)),
-            ("README.md", b"no sample".to_vec()),
-        ]);
-        shard(&dir.path().join("s-00.tar"), &[
-            ("d.1/a.PNG", png(1)),
-            ("d.1/a.json", br#"{"label": 2, "caption": "a dot"}"#.to_vec()),
-            ("d.1/a.mask.png", b"ignored".to_vec()),
-            (&format!("{long}.jpg"), png(2)),
-            (&format!("{long}.cls"), b"0".to_vec()),
-        ]);
+        shard(
+            &dir.path().join("s-01.tar"),
+            &[("b.cls", b"7\n".to_vec()), ("b.png", png(3)), ("README.md", b"no sample".to_vec())],
+        );
+        shard(
+            &dir.path().join("s-00.tar"),
+            &[
+                ("d.1/a.PNG", png(1)),
+                ("d.1/a.json", br#"{"label": 2, "caption": "a dot"}"#.to_vec()),
+                ("d.1/a.mask.png", b"ignored".to_vec()),
+                (&format!("{long}.jpg"), png(2)),
+                (&format!("{long}.cls"), b"0".to_vec()),
+            ],
+        );
         let pattern = dir.path().join("s-*.tar").display().to_string();
         let source = WebDatasetSource::open(&pattern).unwrap();
-        assert_eq!((source.len(), source.num_classes()), (3, 8));
+        assert_eq!((source.count(), source.num_classes()), (3, 8));
         let read: Vec<(String, i64, u8)> =
             (0..3).map(|i| source.get(i).map(|s| (s.id, s.label, s.picture.pixels[0])).unwrap()).collect();
         let expected =
@@ -262,6 +267,8 @@ mod tests {
         assert!(message().contains("\"a\" has no image"), "{}", message());
         shard(&path, &[("a.cls", b"cat".to_vec())]);
         assert!(message().contains("a.cls contains \"cat\""), "{}", message());
+        shard(&path, &[("a.cls", b"1".to_vec()), ("a.png", png(1)), ("a.jpg", png(2))]);
+        assert!(message().contains("\"a\" has several images"), "{}", message());
         shard(&path, &[("notes.txt", b"1".to_vec())]);
         assert!(message().contains("holds no samples"), "{}", message());
         shard(&path, &[("a.cls", b"1".to_vec()), ("a.jpg", vec![0; 4000])]);

@@ -62,12 +62,15 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
             let saved = rank.saver.finish(&rank.record)?;
             rank.announce(saved)?;
             rank.tell(|_| Event::Stop { step, reason: "asked to stop".to_owned(), time: now() })?;
+            // An engine ends all ranks as soon as one has exited with 75: nobody leaves before everything is said.
+            rank.collective.barrier()?;
             return Ok(Outcome::Stopped);
         }
     }
     let saved = rank.saver.finish(&rank.record)?;
     rank.announce(saved)?;
     rank.tell(|_| Event::Done { step: steps, time: now() })?;
+    rank.collective.barrier()?;
     Ok(Outcome::Done)
 }
 

@@ -17,9 +17,8 @@ impl AtomicFile {
     /// # Errors
     /// Those of the file system.
     pub fn create(path: &Path) -> std::io::Result<Self> {
-        let name = path
-            .file_name()
-            .ok_or_else(|| std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a file name"))?;
+        let name =
+            path.file_name().ok_or_else(|| std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a file name"))?;
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder)?;
         }

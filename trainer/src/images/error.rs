@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// A file cannot be written.
-    #[error("{}: cannot write it: {source}", path.display())]
+    #[error("{}: cannot write it: {reason}", path.display())]
     Write {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A picture or batch has sizes that the call cannot take.
     #[error("{call}: {reason}")]
@@ -22,12 +22,12 @@ pub enum ImageError {
         reason: String,
     },
     /// libtorch refused an operation.
-    #[error("images: libtorch: {0}")]
+    #[error(transparent)]
     Torch(#[from] tch::TchError),
 }
 
 impl ImageError {
     pub(super) fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |source| Self::Write { path: path.into(), source }
+        move |reason| Self::Write { path: path.into(), reason }
     }
 }

@@ -91,6 +91,10 @@ fn start_array<T: npyz::AutoSerialize>(
         .large_file(bytes >= (u32::MAX - 4096) as u64);
     zip.start_file(npz::file_name_from_index(index), options)?;
     let mut header = Vec::new();
-    npyz::WriteOptions::new_header_only().dtype(T::default_dtype()).shape(shape).writer(&mut header).write_header_only()?;
+    npyz::WriteOptions::new_header_only()
+        .dtype(T::default_dtype())
+        .shape(shape)
+        .writer(&mut header)
+        .write_header_only()?;
     zip.write_all(&header)
 }

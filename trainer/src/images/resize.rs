@@ -90,7 +90,8 @@ impl Picture {
     /// When the picture is larger.
     pub fn pad(&self, size: usize) -> Result<Self, ImageError> {
         if self.width > size || self.height > size {
-            let reason = format!("the picture is {} x {}, larger than {size}; crop instead of padding", self.width, self.height);
+            let reason =
+                format!("the picture is {} x {}, larger than {size}; crop instead of padding", self.width, self.height);
             return Err(ImageError::Shape { call: "pad", reason });
         }
         let (left, top) = ((size - self.width) / 2, (size - self.height) / 2);

@@ -47,7 +47,14 @@ struct Level<Resize> {
 }
 
 impl<Resize> Level<Resize> {
-    fn resnets(weights: &mut Weights, name: &str, from: i64, to: i64, count: usize, groups: i64) -> Result<Vec<ResnetBlock>> {
+    fn resnets(
+        weights: &mut Weights,
+        name: &str,
+        from: i64,
+        to: i64,
+        count: usize,
+        groups: i64,
+    ) -> Result<Vec<ResnetBlock>> {
         (0..count)
             .map(|j| {
                 let from = if j == 0 { from } else { to };

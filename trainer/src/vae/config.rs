@@ -77,8 +77,7 @@ impl VaeConfig {
     /// # Errors
     /// The file, the key, what was found and what was expected.
     pub fn load(path: &Path) -> Result<Self, VaeError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| VaeError::Read { path: path.into(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|reason| VaeError::Read { path: path.into(), reason })?;
         Self::from_json(&text, &path.display().to_string())
     }
 
@@ -88,15 +87,14 @@ impl VaeConfig {
     /// As [`Self::load`].
     pub fn from_json(text: &str, origin: &str) -> Result<Self, VaeError> {
         let refuse = |reason: String| VaeError::Config { origin: origin.into(), reason };
-        let json: serde_json::Value = serde_json::from_str(text)
-            .map_err(|e| refuse(format!("not valid JSON: {e}")))?;
+        let json: serde_json::Value = serde_json::from_str(text).map_err(|e| refuse(format!("not valid JSON: {e}")))?;
         if let Some(class) = json.get("_class_name").and_then(|c| c.as_str())
             && class != "AutoencoderKL"
         {
             return Err(refuse(format!("`_class_name` = {class:?}, expected \"AutoencoderKL\"")));
         }
-        let config: Self = serde_json::from_value(json)
-            .map_err(|e| refuse(format!("not an AutoencoderKL config: {e}")))?;
+        let config: Self =
+            serde_json::from_value(json).map_err(|e| refuse(format!("not an AutoencoderKL config: {e}")))?;
         config.check().map_err(refuse)?;
         Ok(config)
     }
@@ -122,10 +120,7 @@ impl VaeConfig {
             ("up_block_types", &self.up_block_types, "UpDecoderBlock2D"),
         ] {
             if types.len() != levels {
-                return Err(format!(
-                    "`{key}` has {} entries, expected {levels} as `block_out_channels`",
-                    types.len()
-                ));
+                return Err(format!("`{key}` has {} entries, expected {levels} as `block_out_channels`", types.len()));
             }
             if let Some(other) = types.iter().find(|t| *t != known) {
                 return Err(format!("`{key}` contains {other:?}; only {known:?} is implemented"));

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum VaeError {
     /// A file of the folder cannot be read.
-    #[error("{}: cannot read it: {source}; expected a diffusers AutoencoderKL folder with config.json and diffusion_pytorch_model.safetensors", path.display())]
+    #[error("{}: cannot read it: {reason}; expected a diffusers AutoencoderKL folder with config.json and diffusion_pytorch_model.safetensors", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// The config is not one that this implementation computes.
     #[error("{origin}: {reason}")]
@@ -50,6 +50,6 @@ pub enum VaeError {
         expected: String,
     },
     /// libtorch refused an operation.
-    #[error("vae: libtorch: {0}")]
+    #[error(transparent)]
     Torch(#[from] tch::TchError),
 }

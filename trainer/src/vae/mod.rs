@@ -77,7 +77,12 @@ impl AutoencoderKl {
         Self::build(config, tensors, Device::Cpu, "vae weights")
     }
 
-    fn build(config: VaeConfig, tensors: HashMap<String, Tensor>, device: Device, origin: &str) -> Result<Self, VaeError> {
+    fn build(
+        config: VaeConfig,
+        tensors: HashMap<String, Tensor>,
+        device: Device,
+        origin: &str,
+    ) -> Result<Self, VaeError> {
         let mut weights = Weights::new(tensors, device);
         let latent = config.latent_channels;
         let vae = Self {

@@ -10,8 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::VaeError;
 
 /// File names that a diffusers folder may use, in order of preference.
-const FILE_NAMES: [&str; 2] =
-    ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"];
+const FILE_NAMES: [&str; 2] = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"];
 
 /// Attention projections: the current name and the one used before diffusers 0.15
 /// (`stabilityai/sd-vae-ft-*` still has it).
@@ -25,7 +24,7 @@ pub(super) fn read_folder(dir: &Path) -> Result<(PathBuf, HashMap<String, Tensor
         .map(|name| dir.join(name))
         .find(|path| path.exists())
         .unwrap_or_else(|| dir.join(FILE_NAMES[0]));
-    let bytes = std::fs::read(&path).map_err(|source| VaeError::Read { path: path.clone(), source })?;
+    let bytes = std::fs::read(&path).map_err(|reason| VaeError::Read { path: path.clone(), reason })?;
     let format = |reason: String| VaeError::Format { path: path.clone(), reason, found_bytes: bytes.len() };
     let file = SafeTensors::deserialize(&bytes).map_err(|e| format(e.to_string()))?;
     let mut tensors = HashMap::with_capacity(file.len());

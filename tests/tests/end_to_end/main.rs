@@ -1,0 +1,9 @@
+//! The real programs on a tiny experiment: same bits on any number of ranks, killed or not; clear errors for bad input.
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+mod experiment;
+mod sampling;
+mod same_bits;
+mod stopping;
+mod telemetry;
