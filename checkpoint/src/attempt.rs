@@ -16,10 +16,7 @@ use std::{
     hash::{BuildHasher, RandomState},
 };
 
-const FORMAT: Format = Format {
-    name: "ditharos-attempt",
-    version: 1,
-};
+const FORMAT: Format = Format { name: "ditharos-attempt", version: 1 };
 /// Attempt records read at a time.
 const READS: usize = 16;
 /// Claims lost to other processes before giving up.
@@ -65,16 +62,13 @@ impl RunStore {
     pub fn claim_attempt(&self, info: &AttemptInfo) -> Result<u32, CheckpointError> {
         runtime::wait(async {
             let backend = &self.backend;
-            let (records, commits) =
-                tokio::try_join!(attempt_numbers(backend), backend.list(keys::CHECKPOINTS))?;
-            let committed = commits
-                .iter()
-                .filter_map(|key| Some(keys::parse_manifest(key)?.1));
+            let (records, commits) = tokio::try_join!(attempt_numbers(backend), backend.list(keys::CHECKPOINTS))?;
+            let committed = commits.iter().filter_map(|key| Some(keys::parse_manifest(key)?.1));
             let mut attempt = records.into_iter().chain(committed).max().unwrap_or(0);
             for _ in 0..CLAIMS {
-                attempt = attempt.checked_add(1).ok_or_else(|| {
-                    backend.damaged(&keys::attempt(attempt), "there is no higher attempt number")
-                })?;
+                attempt = attempt
+                    .checked_add(1)
+                    .ok_or_else(|| backend.damaged(&keys::attempt(attempt), "there is no higher attempt number"))?;
                 let record = AttemptRecord {
                     format: FORMAT.name.to_owned(),
                     version: FORMAT.version,
@@ -118,12 +112,8 @@ impl RunStore {
         runtime::wait(async { Ok(read_attempt(&self.backend, attempt).await?.0) })
     }
 
-    pub(crate) fn claims(
-        &self,
-    ) -> std::sync::MutexGuard<'_, std::collections::HashMap<u32, Sha256Digest>> {
-        self.claimed
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    pub(crate) fn claims(&self) -> std::sync::MutexGuard<'_, std::collections::HashMap<u32, Sha256Digest>> {
+        self.claimed.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// The record of `attempt`, which must be the one that this value wrote if this value claimed it.
@@ -134,9 +124,7 @@ impl RunStore {
                 url: self.backend.url.clone(),
                 attempt,
                 key: keys::attempt(attempt),
-                reason:
-                    "another process holds the same attempt number (the store let two creates win)"
-                        .to_owned(),
+                reason: "another process holds the same attempt number (the store let two creates win)".to_owned(),
             }),
             _ => Ok(record),
         }
@@ -144,26 +132,15 @@ impl RunStore {
 }
 
 async fn attempt_numbers(backend: &Backend) -> Result<Vec<u32>, CheckpointError> {
-    Ok(backend
-        .list(keys::ATTEMPTS)
-        .await?
-        .iter()
-        .filter_map(|key| keys::parse_attempt(key))
-        .collect())
+    Ok(backend.list(keys::ATTEMPTS).await?.iter().filter_map(|key| keys::parse_attempt(key)).collect())
 }
 
-async fn read_attempt(
-    backend: &Backend,
-    attempt: u32,
-) -> Result<(AttemptRecord, Sha256Digest), CheckpointError> {
+async fn read_attempt(backend: &Backend, attempt: u32) -> Result<(AttemptRecord, Sha256Digest), CheckpointError> {
     let key = keys::attempt(attempt);
     let bytes = backend.get_small(&key).await?;
     let record: AttemptRecord = unseal(&bytes, &FORMAT, &backend.url, &key)?;
     if record.attempt != attempt {
-        return Err(backend.damaged(
-            &key,
-            format!("it is the record of attempt {}", record.attempt),
-        ));
+        return Err(backend.damaged(&key, format!("it is the record of attempt {}", record.attempt)));
     }
     Ok((record, Sha256Digest::of(&bytes)))
 }
@@ -173,10 +150,7 @@ pub(crate) async fn attempts_after(
     backend: &Backend,
     after: u32,
 ) -> Result<BTreeMap<u32, Option<AttemptRecord>>, CheckpointError> {
-    let numbers = attempt_numbers(backend)
-        .await?
-        .into_iter()
-        .filter(|&number| number > after);
+    let numbers = attempt_numbers(backend).await?.into_iter().filter(|&number| number > after);
     futures::stream::iter(numbers)
         .map(|number| async move {
             match read_attempt(backend, number).await {
@@ -191,17 +165,9 @@ pub(crate) async fn attempts_after(
 }
 
 /// Fails if a later attempt has taken the run over from before `step`.
-pub(crate) async fn check_fence(
-    backend: &Backend,
-    attempt: u32,
-    step: u64,
-) -> Result<(), CheckpointError> {
+pub(crate) async fn check_fence(backend: &Backend, attempt: u32, step: u64) -> Result<(), CheckpointError> {
     let later = attempts_after(backend, attempt).await?;
-    match later
-        .values()
-        .flatten()
-        .find(|record| fences(record.resumed_from, step))
-    {
+    match later.values().flatten().find(|record| fences(record.resumed_from, step)) {
         None => Ok(()),
         Some(record) => Err(CheckpointError::Fenced {
             url: backend.url.clone(),

@@ -69,48 +69,26 @@ pub(crate) struct Deadline {
 impl Backend {
     /// The deadline of an operation on an object of `bytes`, starting now.
     pub fn deadline(&self, bytes: u64) -> Deadline {
-        let allowed = self.options.op_timeout
-            + Duration::from_secs(bytes / self.options.min_bytes_per_s.max(1));
-        Deadline {
-            at: Instant::now() + allowed,
-            allowed,
-        }
+        let allowed = self.options.op_timeout + Duration::from_secs(bytes / self.options.min_bytes_per_s.max(1));
+        Deadline { at: Instant::now() + allowed, allowed }
     }
 
     pub fn damaged(&self, key: &str, reason: impl Into<String>) -> CheckpointError {
-        CheckpointError::Damaged {
-            url: self.url.clone(),
-            key: key.to_owned(),
-            reason: reason.into(),
-        }
+        CheckpointError::Damaged { url: self.url.clone(), key: key.to_owned(), reason: reason.into() }
     }
 
     pub fn missing(&self, key: &str) -> CheckpointError {
-        CheckpointError::Missing {
-            url: self.url.clone(),
-            key: key.to_owned(),
-        }
+        CheckpointError::Missing { url: self.url.clone(), key: key.to_owned() }
     }
 
     fn path(&self, key: &str) -> Result<Path, Failure> {
-        let full = if self.root.as_ref().is_empty() {
-            key.to_owned()
-        } else {
-            format!("{}/{key}", self.root)
-        };
-        Path::parse(full).map_err(|e| Failure {
-            kind: FailureKind::Final,
-            error: self.failed("address", key, e.to_string()),
-        })
+        let full = if self.root.as_ref().is_empty() { key.to_owned() } else { format!("{}/{key}", self.root) };
+        Path::parse(full)
+            .map_err(|e| Failure { kind: FailureKind::Final, error: self.failed("address", key, e.to_string()) })
     }
 
     fn failed(&self, operation: &'static str, key: &str, reason: String) -> CheckpointError {
-        CheckpointError::Store {
-            url: self.url.clone(),
-            operation,
-            key: key.to_owned(),
-            reason: redact_text(&reason),
-        }
+        CheckpointError::Store { url: self.url.clone(), operation, key: key.to_owned(), reason: redact_text(&reason) }
     }
 
     async fn bounded<T>(
@@ -143,16 +121,8 @@ impl Backend {
             }
             Err(_) => {
                 let seconds = deadline.allowed.as_secs();
-                let error = CheckpointError::Timeout {
-                    url: self.url.clone(),
-                    operation,
-                    key: key.to_owned(),
-                    seconds,
-                };
-                Err(Failure {
-                    kind: FailureKind::Unknown,
-                    error,
-                })
+                let error = CheckpointError::Timeout { url: self.url.clone(), operation, key: key.to_owned(), seconds };
+                Err(Failure { kind: FailureKind::Unknown, error })
             }
         }
     }
@@ -160,22 +130,11 @@ impl Backend {
     /// Keys below `folder`, relative to the run folder, in no particular order. A folder that does not exist is empty.
     pub async fn list(&self, folder: &str) -> Result<Vec<String>, CheckpointError> {
         let prefix = self.path(folder)?;
-        let listing = self
-            .store
-            .list(Some(&prefix))
-            .map_ok(|meta| meta.location)
-            .try_collect::<Vec<Path>>();
-        let paths = self
-            .bounded("list", folder, self.deadline(0), listing)
-            .await?;
+        let listing = self.store.list(Some(&prefix)).map_ok(|meta| meta.location).try_collect::<Vec<Path>>();
+        let paths = self.bounded("list", folder, self.deadline(0), listing).await?;
         let below_root = |path: &Path| match self.root.as_ref() {
             "" => Some(path.as_ref().to_owned()),
-            root => Some(
-                path.as_ref()
-                    .strip_prefix(root)?
-                    .strip_prefix('/')?
-                    .to_owned(),
-            ),
+            root => Some(path.as_ref().strip_prefix(root)?.strip_prefix('/')?.to_owned()),
         };
         Ok(paths.iter().filter_map(below_root).collect())
     }
@@ -184,31 +143,19 @@ impl Backend {
     pub async fn get_small(&self, key: &str) -> Result<Bytes, Failure> {
         let path = self.path(key)?;
         let deadline = self.deadline(0);
-        let result = self
-            .bounded("read", key, deadline, self.store.get(&path))
-            .await?;
+        let result = self.bounded("read", key, deadline, self.store.get(&path)).await?;
         let bytes = result.meta.size;
         if bytes > MAX_SEALED_BYTES {
-            let error = self.damaged(
-                key,
-                format!("{bytes} bytes; expected JSON of at most {MAX_SEALED_BYTES}"),
-            );
-            return Err(Failure {
-                kind: FailureKind::Final,
-                error,
-            });
+            let error = self.damaged(key, format!("{bytes} bytes; expected JSON of at most {MAX_SEALED_BYTES}"));
+            return Err(Failure { kind: FailureKind::Final, error });
         }
-        self.bounded("read", key, self.deadline(bytes), result.bytes())
-            .await
+        self.bounded("read", key, self.deadline(bytes), result.bytes()).await
     }
 
     /// The length of an object.
     pub async fn size_bytes(&self, key: &str) -> Result<u64, Failure> {
         let path = self.path(key)?;
-        Ok(self
-            .bounded("look up", key, self.deadline(0), self.store.head(&path))
-            .await?
-            .size)
+        Ok(self.bounded("look up", key, self.deadline(0), self.store.head(&path)).await?.size)
     }
 
     /// Chunk `index` of an object that was written with `fingerprint`, verified.
@@ -222,34 +169,21 @@ impl Backend {
     ) -> Result<Bytes, Failure> {
         let start = index as u64 * chunk_bytes;
         let range = start..object_bytes.min(start.saturating_add(chunk_bytes));
-        let wrong = |reason: String| Failure {
-            kind: FailureKind::Final,
-            error: self.damaged(key, reason),
-        };
+        let wrong = |reason: String| Failure { kind: FailureKind::Final, error: self.damaged(key, reason) };
         let (bytes, size_bytes) = match self.get_range(key, range.clone()).await {
             Ok(found) => found,
             // A range beyond the end of a truncated object fails in as many ways as there are stores: ask for the length.
-            Err(failure) if failure.kind == FailureKind::Unknown => {
-                match self.size_bytes(key).await {
-                    Ok(size) if size != object_bytes => (Bytes::new(), size),
-                    Err(Failure {
-                        kind: FailureKind::Absent,
-                        error,
-                    }) => {
-                        return Err(Failure {
-                            kind: FailureKind::Absent,
-                            error,
-                        });
-                    }
-                    _ => return Err(failure),
+            Err(failure) if failure.kind == FailureKind::Unknown => match self.size_bytes(key).await {
+                Ok(size) if size != object_bytes => (Bytes::new(), size),
+                Err(Failure { kind: FailureKind::Absent, error }) => {
+                    return Err(Failure { kind: FailureKind::Absent, error });
                 }
-            }
+                _ => return Err(failure),
+            },
             Err(failure) => return Err(failure),
         };
         if size_bytes != object_bytes {
-            return Err(wrong(format!(
-                "it has {size_bytes} bytes, but it was written with {object_bytes}"
-            )));
+            return Err(wrong(format!("it has {size_bytes} bytes, but it was written with {object_bytes}")));
         }
         let found = Sha256Digest::of(&bytes);
         if found != expected {
@@ -266,11 +200,7 @@ impl Backend {
         let deadline = self.deadline(range.end - range.start);
         let work = async {
             // An empty object has no range to ask for.
-            let options = if range.is_empty() {
-                GetOptions::new()
-            } else {
-                GetOptions::new().with_range(Some(range))
-            };
+            let options = if range.is_empty() { GetOptions::new() } else { GetOptions::new().with_range(Some(range)) };
             let result = self.store.get_opts(&path, options).await?;
             let size = result.meta.size;
             Ok((result.bytes().await?, size))
@@ -300,9 +230,7 @@ impl Backend {
                 }
                 tokio::time::sleep_until(pause).await;
             }
-            let put = self
-                .store
-                .put_opts(&path, payload.clone(), PutMode::Create.into());
+            let put = self.store.put_opts(&path, payload.clone(), PutMode::Create.into());
             match self.bounded("create", key, deadline, put).await {
                 Ok(_) if !confirm => return Ok(Landed::Ours),
                 Ok(_) => last = None,
@@ -317,11 +245,7 @@ impl Backend {
             }
         }
         Err(last.unwrap_or_else(|| {
-            self.failed(
-                "create",
-                key,
-                "the store reported success, but the object is not there".to_owned(),
-            )
+            self.failed("create", key, "the store reported success, but the object is not there".to_owned())
         }))
     }
 
@@ -334,11 +258,7 @@ impl Backend {
     }
 
     /// Whether the object's bytes are those of `fingerprint`; `None` if there is no object.
-    async fn matches(
-        &self,
-        key: &str,
-        fingerprint: &Fingerprint,
-    ) -> Result<Option<bool>, CheckpointError> {
+    async fn matches(&self, key: &str, fingerprint: &Fingerprint) -> Result<Option<bool>, CheckpointError> {
         match self.size_bytes(key).await {
             Ok(bytes) if bytes != fingerprint.bytes => return Ok(Some(false)),
             Ok(_) => {}
@@ -346,10 +266,7 @@ impl Backend {
             Err(failure) => return Err(failure.error),
         }
         for (index, digest) in fingerprint.chunks.iter().enumerate() {
-            match self
-                .get_chunk(key, fingerprint.bytes, CHUNK_BYTES, index, *digest)
-                .await
-            {
+            match self.get_chunk(key, fingerprint.bytes, CHUNK_BYTES, index, *digest).await {
                 Ok(_) => {}
                 Err(failure) if failure.kind == FailureKind::Absent => return Ok(None),
                 Err(failure) if failure.error.is_damage() => return Ok(Some(false)),
@@ -365,10 +282,7 @@ impl Backend {
             .map(|index| async move {
                 let key = &keys[index];
                 let path = self.path(key)?;
-                match self
-                    .bounded("delete", key, self.deadline(0), self.store.delete(&path))
-                    .await
-                {
+                match self.bounded("delete", key, self.deadline(0), self.store.delete(&path)).await {
                     Err(failure) if failure.kind == FailureKind::Absent => Ok(()),
                     other => other,
                 }
@@ -376,9 +290,6 @@ impl Backend {
             .buffered(DELETES)
             .collect()
             .await;
-        results
-            .into_iter()
-            .collect::<Result<(), Failure>>()
-            .map_err(CheckpointError::from)
+        results.into_iter().collect::<Result<(), Failure>>().map_err(CheckpointError::from)
     }
 }

@@ -39,17 +39,11 @@ impl FromStr for Sha256Digest {
         let nibble = |c: u8| match c {
             b'0'..=b'9' => Ok(c - b'0'),
             b'a'..=b'f' => Ok(c - b'a' + 10),
-            _ => Err(format!(
-                "`{}` is no SHA-256: expected 64 lower-case hexadecimal digits",
-                text.escape_debug()
-            )),
+            _ => Err(format!("`{}` is no SHA-256: expected 64 lower-case hexadecimal digits", text.escape_debug())),
         };
         let mut value = [0u8; 32];
         if text.len() != 64 {
-            return Err(format!(
-                "a SHA-256 of {} characters: expected 64 lower-case hexadecimal digits",
-                text.len()
-            ));
+            return Err(format!("a SHA-256 of {} characters: expected 64 lower-case hexadecimal digits", text.len()));
         }
         for (byte, pair) in value.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
             *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
@@ -87,14 +81,7 @@ pub(crate) struct ChunkedObject {
 
 impl ChunkedObject {
     pub fn new() -> Self {
-        Self {
-            blocks: Vec::new(),
-            open: Vec::new(),
-            fingerprint: Fingerprint {
-                bytes: 0,
-                chunks: Vec::new(),
-            },
-        }
+        Self { blocks: Vec::new(), open: Vec::new(), fingerprint: Fingerprint { bytes: 0, chunks: Vec::new() } }
     }
 
     pub fn extend(&mut self, mut bytes: &[u8]) {
@@ -160,34 +147,19 @@ mod tests {
         object.extend(&[7u8; 64]);
         object.extend_f32(&values);
         let (payload, fingerprint) = object.finish();
-        let bytes: Vec<u8> = [7u8; 64]
-            .into_iter()
-            .chain(values.iter().flat_map(|v| v.to_le_bytes()))
-            .collect();
+        let bytes: Vec<u8> = [7u8; 64].into_iter().chain(values.iter().flat_map(|v| v.to_le_bytes())).collect();
         assert_eq!(fingerprint.bytes, 10_000_064);
         assert_eq!(Bytes::from(payload), bytes);
-        let expected: Vec<_> = bytes
-            .chunks(CHUNK_BYTES as usize)
-            .map(Sha256Digest::of)
-            .collect();
+        let expected: Vec<_> = bytes.chunks(CHUNK_BYTES as usize).map(Sha256Digest::of).collect();
         assert_eq!(fingerprint.chunks, expected);
     }
 
     #[test]
     fn digest_text_is_strict() {
         let digest = Sha256Digest::of(b"abc");
-        assert_eq!(
-            digest.to_string(),
-            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-        );
+        assert_eq!(digest.to_string(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert_eq!(digest.to_string().parse::<Sha256Digest>().unwrap(), digest);
-        assert!(
-            digest
-                .to_string()
-                .to_uppercase()
-                .parse::<Sha256Digest>()
-                .is_err()
-        );
+        assert!(digest.to_string().to_uppercase().parse::<Sha256Digest>().is_err());
         assert!("é".repeat(32).parse::<Sha256Digest>().is_err());
     }
 }

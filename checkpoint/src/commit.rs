@@ -46,11 +46,7 @@ impl RunStore {
     pub fn commit(&self, commit: Commit) -> Result<Manifest, CheckpointError> {
         let (attempt, step) = (commit.attempt, commit.step);
         let backend = &self.backend;
-        let incomplete = |reason: String| CheckpointError::Incomplete {
-            url: backend.url.clone(),
-            step,
-            reason,
-        };
+        let incomplete = |reason: String| CheckpointError::Incomplete { url: backend.url.clone(), step, reason };
         let mut manifest = assemble(commit).map_err(incomplete)?;
         manifest.check().map_err(incomplete)?;
         runtime::wait(async move {
@@ -62,10 +58,7 @@ impl RunStore {
                     let shard = &shards[index];
                     let found = backend.size_bytes(&shard.key).await?;
                     let wrong = || {
-                        incomplete(format!(
-                            "`{}` has {found} bytes in the store; expected {}",
-                            shard.key, shard.bytes
-                        ))
+                        incomplete(format!("`{}` has {found} bytes in the store; expected {}", shard.key, shard.bytes))
                     };
                     (found == shard.bytes).then_some(()).ok_or_else(wrong)
                 })
@@ -94,17 +87,11 @@ impl RunStore {
 
 /// Turns shards by rank into tensors by name.
 fn assemble(mut commit: Commit) -> Result<Manifest, String> {
-    let world_size = commit
-        .shards
-        .first()
-        .map(|shard| shard.world_size)
-        .ok_or("there is no shard")?;
+    let world_size = commit.shards.first().map(|shard| shard.world_size).ok_or("there is no shard")?;
     commit.shards.sort_by_key(|shard| shard.rank);
     if commit.shards.len() != world_size {
         let ranks: Vec<usize> = commit.shards.iter().map(|shard| shard.rank).collect();
-        return Err(format!(
-            "there are shards of ranks {ranks:?}; expected one of each of {world_size} ranks"
-        ));
+        return Err(format!("there are shards of ranks {ranks:?}; expected one of each of {world_size} ranks"));
     }
     let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
     let mut shards = Vec::with_capacity(world_size);
@@ -126,11 +113,7 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
             };
             match tensors.entry(slice.name) {
                 Entry::Vacant(new) => {
-                    new.insert(TensorEntry {
-                        dtype: slice.dtype,
-                        shape: slice.shape,
-                        slices: vec![place],
-                    });
+                    new.insert(TensorEntry { dtype: slice.dtype, shape: slice.shape, slices: vec![place] });
                 }
                 Entry::Occupied(mut known) => {
                     if (known.get().dtype, &known.get().shape) != (slice.dtype, &slice.shape) {
@@ -147,17 +130,9 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
                 }
             }
         }
-        shards.push(ObjectRecord {
-            key: shard.key,
-            bytes: shard.bytes,
-            sha256: shard.sha256,
-        });
+        shards.push(ObjectRecord { key: shard.key, bytes: shard.bytes, sha256: shard.sha256 });
     }
-    tensors.values_mut().for_each(|tensor| {
-        tensor
-            .slices
-            .sort_by_key(|slice| (slice.start_numel, slice.end_numel))
-    });
+    tensors.values_mut().for_each(|tensor| tensor.slices.sort_by_key(|slice| (slice.start_numel, slice.end_numel)));
     Ok(Manifest {
         format: FORMAT.name.to_owned(),
         version: FORMAT.version,

@@ -1,8 +1,6 @@
 //! Digests of a checkpoint's values: equal for equal values, however many ranks wrote them and wherever they are cut.
 
-use crate::{
-    chunk::Sha256Digest, error::CheckpointError, manifest::TensorEntry, reader::CheckpointReader,
-};
+use crate::{chunk::Sha256Digest, error::CheckpointError, manifest::TensorEntry, reader::CheckpointReader};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 
@@ -25,9 +23,7 @@ pub struct TensorDigest {
 ///
 /// # Errors
 /// As [`CheckpointReader::read_f32`].
-pub fn section_digests(
-    reader: &CheckpointReader,
-) -> Result<BTreeMap<String, Sha256Digest>, CheckpointError> {
+pub fn section_digests(reader: &CheckpointReader) -> Result<BTreeMap<String, Sha256Digest>, CheckpointError> {
     digests(reader, |_| {})
 }
 
@@ -50,9 +46,7 @@ fn digests(
 ) -> Result<BTreeMap<String, Sha256Digest>, CheckpointError> {
     let mut sections: BTreeMap<&str, Sha256> = BTreeMap::new();
     for (name, tensor) in &reader.manifest().tensors {
-        let section = sections
-            .entry(name.split('/').next().unwrap_or(name))
-            .or_default();
+        let section = sections.entry(name.split('/').next().unwrap_or(name)).or_default();
         let mut own = Sha256::new();
         visit(reader, name, tensor, |bytes| {
             section.update(bytes);
@@ -64,10 +58,7 @@ fn digests(
             sha256: Sha256Digest(own.finalize().into()),
         });
     }
-    Ok(sections
-        .into_iter()
-        .map(|(name, hash)| (name.to_owned(), Sha256Digest(hash.finalize().into())))
-        .collect())
+    Ok(sections.into_iter().map(|(name, hash)| (name.to_owned(), Sha256Digest(hash.finalize().into()))).collect())
 }
 
 fn visit(

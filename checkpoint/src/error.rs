@@ -14,9 +14,7 @@ pub enum CheckpointError {
         reason: String,
     },
     /// The run folder cannot be written.
-    #[error(
-        "{url}: the run folder cannot be written: {reason}; choose another `run.url` or make this one writable"
-    )]
+    #[error("{url}: the run folder cannot be written: {reason}; choose another `run.url` or make this one writable")]
     Unwritable {
         /// Redacted URL.
         url: String,
@@ -36,9 +34,7 @@ pub enum CheckpointError {
         reason: String,
     },
     /// The store did not answer in time.
-    #[error(
-        "{url}: {operation} `{key}` did not finish within {seconds} s; the store is unreachable or too slow"
-    )]
+    #[error("{url}: {operation} `{key}` did not finish within {seconds} s; the store is unreachable or too slow")]
     Timeout {
         /// Redacted URL of the run folder.
         url: String,
@@ -134,17 +130,13 @@ pub enum CheckpointError {
         damaged: Vec<Damaged>,
     },
     /// Retention was asked to keep fewer than two checkpoints.
-    #[error(
-        "retention of {keep_last} checkpoints is refused: keep at least 2, so that a damaged one leaves another"
-    )]
+    #[error("retention of {keep_last} checkpoints is refused: keep at least 2, so that a damaged one leaves another")]
     KeepTooFew {
         /// The number asked for.
         keep_last: usize,
     },
     /// A tokio runtime could not be started.
-    #[error(
-        "cannot start the I/O threads of the checkpoint store: {reason}; raise the limit on processes (ulimit -u)"
-    )]
+    #[error("cannot start the I/O threads of the checkpoint store: {reason}; raise the limit on processes (ulimit -u)")]
     Runtime {
         /// The cause as the system tells it.
         reason: String,

@@ -18,47 +18,25 @@ pub(crate) fn manifest(step: u64, attempt: u32) -> String {
 }
 
 pub(crate) fn shard(step: u64, attempt: u32, rank: usize, world_size: usize) -> String {
-    format!(
-        "{}/attempt-{attempt:04}/shard-{rank:05}-of-{world_size:05}.safetensors",
-        step_folder(step)
-    )
+    format!("{}/attempt-{attempt:04}/shard-{rank:05}-of-{world_size:05}.safetensors", step_folder(step))
 }
 
 pub(crate) fn parse_attempt(key: &str) -> Option<u32> {
-    let number = key
-        .strip_prefix(ATTEMPTS)?
-        .strip_prefix('/')?
-        .strip_suffix(".json")?
-        .parse()
-        .ok()?;
+    let number = key.strip_prefix(ATTEMPTS)?.strip_prefix('/')?.strip_suffix(".json")?.parse().ok()?;
     (attempt(number) == key).then_some(number)
 }
 
 /// The step of any object below `checkpoints/`.
 pub(crate) fn parse_step(key: &str) -> Option<u64> {
-    let folder = key
-        .strip_prefix(CHECKPOINTS)?
-        .strip_prefix('/')?
-        .split('/')
-        .next()?;
+    let folder = key.strip_prefix(CHECKPOINTS)?.strip_prefix('/')?.split('/').next()?;
     let step = folder.strip_prefix("step-")?.parse().ok()?;
-    (step_folder(step)
-        .strip_prefix(CHECKPOINTS)?
-        .strip_prefix('/')?
-        == folder)
-        .then_some(step)
+    (step_folder(step).strip_prefix(CHECKPOINTS)?.strip_prefix('/')? == folder).then_some(step)
 }
 
 /// Step and attempt of a manifest.
 pub(crate) fn parse_manifest(key: &str) -> Option<(u64, u32)> {
     let step = parse_step(key)?;
-    let attempt = key
-        .rsplit('/')
-        .next()?
-        .strip_prefix("manifest-")?
-        .strip_suffix(".json")?
-        .parse()
-        .ok()?;
+    let attempt = key.rsplit('/').next()?.strip_prefix("manifest-")?.strip_suffix(".json")?.parse().ok()?;
     (manifest(step, attempt) == key).then_some((step, attempt))
 }
 
@@ -69,14 +47,8 @@ mod tests {
     #[test]
     fn names_parse_back_and_nothing_else_does() {
         assert_eq!(parse_manifest(&manifest(1000, 3)), Some((1000, 3)));
-        assert_eq!(
-            parse_manifest("checkpoints/step-000001000/manifest-0003.json"),
-            Some((1000, 3))
-        );
-        assert_eq!(
-            parse_manifest(&manifest(12_345_678_901, 70_000)),
-            Some((12_345_678_901, 70_000))
-        );
+        assert_eq!(parse_manifest("checkpoints/step-000001000/manifest-0003.json"), Some((1000, 3)));
+        assert_eq!(parse_manifest(&manifest(12_345_678_901, 70_000)), Some((12_345_678_901, 70_000)));
         assert_eq!(parse_attempt(&attempt(7)), Some(7));
         assert_eq!(parse_step(&shard(5, 1, 0, 4)), Some(5));
         for other in [

@@ -11,10 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
-pub(crate) const FORMAT: Format = Format {
-    name: "ditharos-checkpoint",
-    version: 1,
-};
+pub(crate) const FORMAT: Format = Format { name: "ditharos-checkpoint", version: 1 };
 /// Chunk lengths that a reader accepts. The writer uses [`crate::CHUNK_BYTES`].
 const CHUNK_BYTES_RANGE: std::ops::RangeInclusive<u64> = 4096..=64 << 20;
 const MAX_NAME_BYTES: usize = 512;
@@ -126,10 +123,7 @@ impl Manifest {
     /// Checks everything that a reader relies on, without trusting any number.
     pub(crate) fn check(&self) -> Result<(), String> {
         if !self.chunk_bytes.is_power_of_two() || !CHUNK_BYTES_RANGE.contains(&self.chunk_bytes) {
-            return Err(format!(
-                "chunk_bytes = {}; expected a power of two from 4096 to 67108864",
-                self.chunk_bytes
-            ));
+            return Err(format!("chunk_bytes = {}; expected a power of two from 4096 to 67108864", self.chunk_bytes));
         }
         let mut keys_seen = BTreeSet::new();
         for shard in &self.shards {
@@ -143,8 +137,7 @@ impl Manifest {
         for (name, tensor) in &self.tensors {
             self.check_tensor(name, tensor)?;
             for slice in &tensor.slices {
-                let bytes =
-                    ((slice.end_numel - slice.start_numel) * tensor.dtype.element_bytes()) as u64;
+                let bytes = ((slice.end_numel - slice.start_numel) * tensor.dtype.element_bytes()) as u64;
                 let free = &mut free_bytes[slice.shard];
                 *free = free.checked_sub(bytes).ok_or_else(|| {
                     format!(
@@ -160,17 +153,12 @@ impl Manifest {
     /// Shards lie in this step's folder, so that retention of one step never cuts into another.
     fn check_shard(&self, shard: &ObjectRecord) -> Result<(), String> {
         let shown = shard.key.escape_debug();
-        let below = shard
-            .key
-            .strip_prefix(&keys::step_folder(self.step))
-            .and_then(|rest| rest.strip_prefix('/'));
+        let below = shard.key.strip_prefix(&keys::step_folder(self.step)).and_then(|rest| rest.strip_prefix('/'));
         let plain = |part: &str| {
             !part.is_empty()
                 && part != "."
                 && part != ".."
-                && part
-                    .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
         };
         if !below.is_some_and(|rest| rest.split('/').all(plain)) {
             return Err(format!(
@@ -197,40 +185,25 @@ impl Manifest {
             let range = format!("elements {} to {}", slice.start_numel, slice.end_numel);
             match slice.start_numel {
                 start if start > covered => {
-                    return Err(format!(
-                        "no shard holds elements {covered} to {start} of tensor `{name}`"
-                    ));
+                    return Err(format!("no shard holds elements {covered} to {start} of tensor `{name}`"));
                 }
                 start if start < covered => {
-                    return Err(format!(
-                        "tensor `{name}`: {range} overlap what ends at {covered}"
-                    ));
+                    return Err(format!("tensor `{name}`: {range} overlap what ends at {covered}"));
                 }
                 _ => {}
             }
             let is_empty = slice.end_numel <= slice.start_numel;
-            if slice.end_numel > numel
-                || (is_empty && numel != 0)
-                || slice.end_numel < slice.start_numel
-            {
-                return Err(format!(
-                    "tensor `{name}` of {numel} elements has a slice of {range}"
-                ));
+            if slice.end_numel > numel || (is_empty && numel != 0) || slice.end_numel < slice.start_numel {
+                return Err(format!("tensor `{name}` of {numel} elements has a slice of {range}"));
             }
             let shard = self.shards.get(slice.shard).ok_or_else(|| {
-                format!(
-                    "tensor `{name}`, {range}: in shard {}, but there are {}",
-                    slice.shard,
-                    self.shards.len()
-                )
+                format!("tensor `{name}`, {range}: in shard {}, but there are {}", slice.shard, self.shards.len())
             })?;
             let element_bytes = tensor.dtype.element_bytes() as u64;
             let end = ((slice.end_numel - slice.start_numel) as u64)
                 .checked_mul(element_bytes)
                 .and_then(|bytes| bytes.checked_add(slice.offset_bytes));
-            if !slice.offset_bytes.is_multiple_of(element_bytes)
-                || end.is_none_or(|end| end > shard.bytes)
-            {
+            if !slice.offset_bytes.is_multiple_of(element_bytes) || end.is_none_or(|end| end > shard.bytes) {
                 return Err(format!(
                     "tensor `{name}`, {range} at byte {} of `{}`: not inside its {} bytes, or not aligned to {element_bytes}",
                     slice.offset_bytes, shard.key, shard.bytes
@@ -239,9 +212,7 @@ impl Manifest {
             covered = slice.end_numel;
         }
         if covered != numel || tensor.slices.is_empty() {
-            return Err(format!(
-                "no shard holds elements {covered} to {numel} of tensor `{name}`"
-            ));
+            return Err(format!("no shard holds elements {covered} to {numel} of tensor `{name}`"));
         }
         Ok(())
     }
@@ -249,49 +220,33 @@ impl Manifest {
 
 /// A name that any tool can print and any file system of tools can split at `/`.
 pub(crate) fn check_name(name: &str) -> Result<(), String> {
-    let fine = !name.is_empty()
-        && name.len() <= MAX_NAME_BYTES
-        && name != "__metadata__"
-        && !name.contains(char::is_control);
+    let fine =
+        !name.is_empty() && name.len() <= MAX_NAME_BYTES && name != "__metadata__" && !name.contains(char::is_control);
     fine.then_some(()).ok_or_else(|| {
-        format!("`{}` is not a tensor name; expected 1 to {MAX_NAME_BYTES} bytes without control characters", name.escape_debug())
+        format!(
+            "`{}` is not a tensor name; expected 1 to {MAX_NAME_BYTES} bytes without control characters",
+            name.escape_debug()
+        )
     })
 }
 
 /// Elements of `shape`; their bytes are guaranteed to fit in `usize` too.
 pub(crate) fn checked_numel(name: &str, shape: &[usize]) -> Result<usize, String> {
-    let numel = shape
-        .iter()
-        .try_fold(1usize, |product, &dim| product.checked_mul(dim));
+    let numel = shape.iter().try_fold(1usize, |product, &dim| product.checked_mul(dim));
     numel
         .filter(|numel| numel.checked_mul(8).is_some())
-        .ok_or_else(|| {
-            format!(
-                "tensor `{name}`: the shape {shape:?} has more elements than memory can address"
-            )
-        })
+        .ok_or_else(|| format!("tensor `{name}`: the shape {shape:?} has more elements than memory can address"))
 }
 
 /// Reads and checks the manifest of `step` by `attempt`.
-pub(crate) async fn read_manifest(
-    backend: &Backend,
-    step: u64,
-    attempt: u32,
-) -> Result<Manifest, CheckpointError> {
+pub(crate) async fn read_manifest(backend: &Backend, step: u64, attempt: u32) -> Result<Manifest, CheckpointError> {
     let key = keys::manifest(step, attempt);
     let bytes = backend.get_small(&key).await?;
     let manifest: Manifest = unseal(&bytes, &FORMAT, &backend.url, &key)?;
     if (manifest.step, manifest.attempt) != (step, attempt) {
-        return Err(backend.damaged(
-            &key,
-            format!(
-                "it is the manifest of step {} by attempt {}",
-                manifest.step, manifest.attempt
-            ),
-        ));
+        return Err(backend
+            .damaged(&key, format!("it is the manifest of step {} by attempt {}", manifest.step, manifest.attempt)));
     }
-    manifest
-        .check()
-        .map_err(|reason| backend.damaged(&key, reason))?;
+    manifest.check().map_err(|reason| backend.damaged(&key, reason))?;
     Ok(manifest)
 }

@@ -86,10 +86,7 @@ impl CheckpointReader {
 
     /// Shape of the whole tensor, however it is cut.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.manifest
-            .tensors
-            .get(name)
-            .map(|tensor| tensor.shape.as_slice())
+        self.manifest.tensors.get(name).map(|tensor| tensor.shape.as_slice())
     }
 
     /// Element type of a tensor.
@@ -105,11 +102,7 @@ impl CheckpointReader {
     pub fn read_f32(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>, CheckpointError> {
         self.tensor(name, Some(Dtype::F32), &range)?;
         let mut out = self.allocate(name, range.len())?;
-        self.read_into(&mut [ReadInto {
-            name,
-            start_numel: range.start,
-            out: &mut out,
-        }])?;
+        self.read_into(&mut [ReadInto { name, start_numel: range.start, out: &mut out }])?;
         Ok(out)
     }
 
@@ -118,11 +111,7 @@ impl CheckpointReader {
     /// # Errors
     /// As [`CheckpointReader::read_f32`].
     pub fn read_all_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
-        let numel = self
-            .manifest
-            .tensors
-            .get(name)
-            .map_or(0, TensorEntry::numel);
+        let numel = self.manifest.tensors.get(name).map_or(0, TensorEntry::numel);
         self.read_f32(name, 0..numel)
     }
 
@@ -146,111 +135,60 @@ impl CheckpointReader {
     }
 
     /// Elements `range` of a tensor of any type, as the bytes in the store.
-    pub(crate) fn read_bytes(
-        &self,
-        name: &str,
-        range: Range<usize>,
-    ) -> Result<Vec<u8>, CheckpointError> {
+    pub(crate) fn read_bytes(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>, CheckpointError> {
         let tensor = self.tensor(name, None, &range)?;
         let mut out = self.allocate(name, range.len() * tensor.dtype.element_bytes())?;
         let mut pieces = Vec::new();
         self.plan(tensor, range, 0, &mut pieces);
-        self.fetch(pieces, |_, at_bytes, bytes| {
-            out[at_bytes..][..bytes.len()].copy_from_slice(bytes)
-        })?;
+        self.fetch(pieces, |_, at_bytes, bytes| out[at_bytes..][..bytes.len()].copy_from_slice(bytes))?;
         Ok(out)
     }
 
     fn bad_read(&self, reason: String) -> CheckpointError {
-        CheckpointError::BadRead {
-            url: self.backend.url.clone(),
-            step: self.manifest.step,
-            reason,
-        }
+        CheckpointError::BadRead { url: self.backend.url.clone(), step: self.manifest.step, reason }
     }
 
-    fn tensor(
-        &self,
-        name: &str,
-        dtype: Option<Dtype>,
-        range: &Range<usize>,
-    ) -> Result<&TensorEntry, CheckpointError> {
+    fn tensor(&self, name: &str, dtype: Option<Dtype>, range: &Range<usize>) -> Result<&TensorEntry, CheckpointError> {
         if let Some(error) = &self.unsound {
             return Err(error.clone());
         }
         let tensor = self.manifest.tensors.get(name).ok_or_else(|| {
-            self.bad_read(format!(
-                "there is no tensor `{name}` among its {}",
-                self.manifest.tensors.len()
-            ))
+            self.bad_read(format!("there is no tensor `{name}` among its {}", self.manifest.tensors.len()))
         })?;
         if dtype.is_some_and(|dtype| dtype != tensor.dtype) {
-            return Err(self.bad_read(format!(
-                "tensor `{name}` is {:?}; expected F32",
-                tensor.dtype
-            )));
+            return Err(self.bad_read(format!("tensor `{name}` is {:?}; expected F32", tensor.dtype)));
         }
         if range.start > range.end || range.end > tensor.numel() {
-            return Err(self.bad_read(format!(
-                "elements {range:?} of tensor `{name}`, which has {}",
-                tensor.numel()
-            )));
+            return Err(self.bad_read(format!("elements {range:?} of tensor `{name}`, which has {}", tensor.numel())));
         }
         Ok(tensor)
     }
 
     /// Running out of memory is an error, not an abort.
-    fn allocate<T: Clone + Default>(
-        &self,
-        name: &str,
-        len: usize,
-    ) -> Result<Vec<T>, CheckpointError> {
+    fn allocate<T: Clone + Default>(&self, name: &str, len: usize) -> Result<Vec<T>, CheckpointError> {
         let mut out = Vec::new();
-        out.try_reserve_exact(len).map_err(|e| {
-            self.bad_read(format!(
-                "no memory for {len} elements of tensor `{name}`: {e}"
-            ))
-        })?;
+        out.try_reserve_exact(len)
+            .map_err(|e| self.bad_read(format!("no memory for {len} elements of tensor `{name}`: {e}")))?;
         out.resize(len, T::default());
         Ok(out)
     }
 
     /// Where the elements `range` lie. The manifest was checked: all of this is inside shards, elements never cross chunks.
-    fn plan(
-        &self,
-        tensor: &TensorEntry,
-        range: Range<usize>,
-        request: usize,
-        pieces: &mut Vec<Piece>,
-    ) {
+    fn plan(&self, tensor: &TensorEntry, range: Range<usize>, request: usize, pieces: &mut Vec<Piece>) {
         let element_bytes = tensor.dtype.element_bytes();
         let chunk_bytes = self.manifest.chunk_bytes;
-        let first = tensor
-            .slices
-            .partition_point(|slice| slice.end_numel <= range.start);
-        for slice in tensor.slices[first..]
-            .iter()
-            .take_while(|slice| slice.start_numel < range.end)
-        {
-            let (start, end) = (
-                slice.start_numel.max(range.start),
-                slice.end_numel.min(range.end),
-            );
+        let first = tensor.slices.partition_point(|slice| slice.end_numel <= range.start);
+        for slice in tensor.slices[first..].iter().take_while(|slice| slice.start_numel < range.end) {
+            let (start, end) = (slice.start_numel.max(range.start), slice.end_numel.min(range.end));
             let mut at = slice.offset_bytes + ((start - slice.start_numel) * element_bytes) as u64;
             let stop = slice.offset_bytes + ((end - slice.start_numel) * element_bytes) as u64;
             let mut at_bytes = (start - range.start) * element_bytes;
             while at < stop {
                 let index = at / chunk_bytes;
                 let piece_end = stop.min((index + 1) * chunk_bytes);
-                let in_chunk =
-                    (at - index * chunk_bytes) as usize..(piece_end - index * chunk_bytes) as usize;
+                let in_chunk = (at - index * chunk_bytes) as usize..(piece_end - index * chunk_bytes) as usize;
                 let taken = in_chunk.len();
-                pieces.push(Piece {
-                    chunk: (slice.shard, index as usize),
-                    in_chunk,
-                    request,
-                    at_bytes,
-                });
+                pieces.push(Piece { chunk: (slice.shard, index as usize), in_chunk, request, at_bytes });
                 at_bytes += taken;
                 at = piece_end;
             }
@@ -273,17 +211,9 @@ impl CheckpointReader {
             }
         }
         let mut deliver = |group: &[Piece], bytes: &Bytes| {
-            group.iter().for_each(|piece| {
-                sink(
-                    piece.request,
-                    piece.at_bytes,
-                    &bytes[piece.in_chunk.clone()],
-                )
-            });
+            group.iter().for_each(|piece| sink(piece.request, piece.at_bytes, &bytes[piece.in_chunk.clone()]));
         };
-        found
-            .iter()
-            .for_each(|(group, bytes)| deliver(group, bytes));
+        found.iter().for_each(|(group, bytes)| deliver(group, bytes));
         if missing.is_empty() {
             return Ok(());
         }
@@ -303,10 +233,7 @@ impl CheckpointReader {
 
     fn cached(&self, id: ChunkId) -> Option<Bytes> {
         let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        cache
-            .iter()
-            .find(|(known, _)| *known == id)
-            .map(|(_, bytes)| bytes.clone())
+        cache.iter().find(|(known, _)| *known == id).map(|(_, bytes)| bytes.clone())
     }
 
     fn keep(&self, id: ChunkId, bytes: Bytes) {
@@ -340,20 +267,12 @@ fn chunks(
             let backend = Arc::clone(&backend);
             let url = backend.url.clone();
             let name = key.clone();
-            let task = tokio::spawn(async move {
-                backend
-                    .get_chunk(&key, object_bytes, chunk_bytes, index, expected)
-                    .await
-            });
+            let task =
+                tokio::spawn(async move { backend.get_chunk(&key, object_bytes, chunk_bytes, index, expected).await });
             async move {
                 match task.await {
                     Ok(result) => result.map_err(CheckpointError::from),
-                    Err(e) => Err(CheckpointError::Store {
-                        url,
-                        operation: "read",
-                        key: name,
-                        reason: e.to_string(),
-                    }),
+                    Err(e) => Err(CheckpointError::Store { url, operation: "read", key: name, reason: e.to_string() }),
                 }
             }
         })
@@ -361,23 +280,16 @@ fn chunks(
 }
 
 fn check(backend: &Backend, manifest: &Manifest) -> Result<(), CheckpointError> {
-    manifest
-        .check()
-        .map_err(|reason| backend.damaged(&manifest.key(), reason))
+    manifest.check().map_err(|reason| backend.damaged(&manifest.key(), reason))
 }
 
 /// Reads every byte of every shard.
-pub(crate) async fn verify(
-    backend: &Arc<Backend>,
-    manifest: &Manifest,
-) -> Result<(), CheckpointError> {
+pub(crate) async fn verify(backend: &Arc<Backend>, manifest: &Manifest) -> Result<(), CheckpointError> {
     check(backend, manifest)?;
     let all = manifest
         .shards
         .iter()
         .enumerate()
         .flat_map(|(shard, object)| (0..object.sha256.len()).map(move |index| (shard, index)));
-    chunks(backend, manifest, all.collect())
-        .try_for_each(|_| async { Ok(()) })
-        .await
+    chunks(backend, manifest, all.collect()).try_for_each(|_| async { Ok(()) }).await
 }

@@ -39,11 +39,7 @@ pub struct Damaged {
 
 impl fmt::Display for Damaged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "step {} (attempt {}): {}",
-            self.step, self.attempt, self.reason
-        )
+        write!(f, "step {} (attempt {}): {}", self.step, self.attempt, self.reason)
     }
 }
 
@@ -81,11 +77,7 @@ impl RunStore {
                 match read_and_verify(&self.backend, &commit).await {
                     Ok(manifest) => return Ok(Some((manifest, damaged))),
                     Err(error) if error.is_damage() => {
-                        damaged.push(Damaged {
-                            step: commit.step,
-                            attempt: commit.attempt,
-                            reason: error.to_string(),
-                        });
+                        damaged.push(Damaged { step: commit.step, attempt: commit.attempt, reason: error.to_string() });
                     }
                     Err(error) => return Err(error),
                 }
@@ -93,10 +85,7 @@ impl RunStore {
             if damaged.is_empty() {
                 Ok(None)
             } else {
-                Err(CheckpointError::AllDamaged {
-                    url: self.backend.url.clone(),
-                    damaged,
-                })
+                Err(CheckpointError::AllDamaged { url: self.backend.url.clone(), damaged })
             }
         })
     }
@@ -114,10 +103,7 @@ pub(crate) async fn read_and_verify(
 pub(crate) async fn committed(backend: &Backend) -> Result<Vec<Committed>, CheckpointError> {
     // Manifests first: an attempt claimed in between can then only hide commits, never make one of a dead branch count.
     let listing = backend.list(keys::CHECKPOINTS).await?;
-    let commits: BTreeSet<(u64, u32)> = listing
-        .iter()
-        .filter_map(|key| keys::parse_manifest(key))
-        .collect();
+    let commits: BTreeSet<(u64, u32)> = listing.iter().filter_map(|key| keys::parse_manifest(key)).collect();
     let mut resumed_from: BTreeMap<u32, Option<u64>> = BTreeMap::new();
     for (number, record) in attempts_after(backend, 0).await? {
         if let Some(record) = record {
@@ -136,16 +122,8 @@ pub(crate) async fn committed(backend: &Backend) -> Result<Vec<Committed>, Check
         }
     }
     let counts = |&(step, attempt): &(u64, u32)| {
-        !resumed_from
-            .range((Bound::Excluded(attempt), Bound::Unbounded))
-            .any(|(_, &from)| fences(from, step))
+        !resumed_from.range((Bound::Excluded(attempt), Bound::Unbounded)).any(|(_, &from)| fences(from, step))
     };
     let newest_first = commits.into_iter().rev().filter(counts);
-    Ok(newest_first
-        .map(|(step, attempt)| Committed {
-            step,
-            attempt,
-            key: keys::manifest(step, attempt),
-        })
-        .collect())
+    Ok(newest_first.map(|(step, attempt)| Committed { step, attempt, key: keys::manifest(step, attempt) }).collect())
 }

@@ -1,8 +1,6 @@
 //! Deleting old checkpoints, never before a newer one has been read back.
 
-use crate::{
-    error::CheckpointError, keys, location::sync_folder, resume, runtime, store::RunStore,
-};
+use crate::{error::CheckpointError, keys, location::sync_folder, resume, runtime, store::RunStore};
 use std::collections::{BTreeMap, BTreeSet};
 
 impl RunStore {
@@ -21,9 +19,7 @@ impl RunStore {
         runtime::wait(async {
             let committed = resume::committed(&self.backend).await?;
             let steps: BTreeSet<u64> = committed.iter().map(|commit| commit.step).collect();
-            let (Some(newest), Some(&oldest_kept)) =
-                (committed.first(), steps.iter().rev().nth(keep_last - 1))
-            else {
+            let (Some(newest), Some(&oldest_kept)) = (committed.first(), steps.iter().rev().nth(keep_last - 1)) else {
                 return Ok(Vec::new());
             };
             let mut old: BTreeMap<u64, Vec<String>> = BTreeMap::new();
@@ -46,15 +42,10 @@ impl RunStore {
     }
 
     async fn remove_step(&self, step: u64, objects: Vec<String>) -> Result<(), CheckpointError> {
-        let (manifests, others): (Vec<String>, Vec<String>) = objects
-            .into_iter()
-            .partition(|key| keys::parse_manifest(key).is_some());
+        let (manifests, others): (Vec<String>, Vec<String>) =
+            objects.into_iter().partition(|key| keys::parse_manifest(key).is_some());
         self.backend.delete(&manifests).await?;
-        let folder = self
-            .backend
-            .folder
-            .as_ref()
-            .map(|root| root.join(keys::step_folder(step)));
+        let folder = self.backend.folder.as_ref().map(|root| root.join(keys::step_folder(step)));
         let failed = |e: std::io::Error| CheckpointError::Store {
             url: self.backend.url.clone(),
             operation: "delete",

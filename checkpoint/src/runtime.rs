@@ -20,9 +20,7 @@ fn runtime() -> Result<&'static Runtime, CheckpointError> {
                 .map_err(|e| e.to_string())
         })
         .as_ref()
-        .map_err(|reason| CheckpointError::Runtime {
-            reason: reason.clone(),
-        })
+        .map_err(|reason| CheckpointError::Runtime { reason: reason.clone() })
 }
 
 /// Runs `work` to its end on the calling thread. Inside another runtime, which forbids blocking, on a helper thread.
@@ -33,10 +31,8 @@ pub(crate) fn wait<T: Send>(
     if Handle::try_current().is_err() {
         return runtime.block_on(work);
     }
-    std::thread::scope(
-        |scope| match scope.spawn(|| runtime.block_on(work)).join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        },
-    )
+    std::thread::scope(|scope| match scope.spawn(|| runtime.block_on(work)).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
 }

@@ -31,10 +31,7 @@ pub(crate) fn seal(body: &impl Serialize) -> Result<Vec<u8>, String> {
     bytes.extend_from_slice(digest.as_bytes());
     bytes.extend_from_slice(TRAILER_TAIL);
     if bytes.len() as u64 > MAX_SEALED_BYTES {
-        return Err(format!(
-            "{} bytes of JSON: at most {MAX_SEALED_BYTES} are allowed",
-            bytes.len()
-        ));
+        return Err(format!("{} bytes of JSON: at most {MAX_SEALED_BYTES} are allowed", bytes.len()));
     }
     Ok(bytes)
 }
@@ -51,32 +48,13 @@ pub(crate) fn unseal<T: DeserializeOwned>(
         format: String,
         version: u64,
     }
-    let damaged = |reason: String| CheckpointError::Damaged {
-        url: url.to_owned(),
-        key: key.to_owned(),
-        reason,
-    };
+    let damaged = |reason: String| CheckpointError::Damaged { url: url.to_owned(), key: key.to_owned(), reason };
     let expected = bytes
         .len()
         .checked_sub(TRAILER_BYTES)
         .map(|at| bytes.split_at(at))
-        .and_then(|(body, trailer)| {
-            Some((
-                body,
-                trailer
-                    .strip_prefix(TRAILER_HEAD)?
-                    .strip_suffix(TRAILER_TAIL)?,
-            ))
-        })
-        .and_then(|(body, hex)| {
-            Some((
-                body,
-                std::str::from_utf8(hex)
-                    .ok()?
-                    .parse::<Sha256Digest>()
-                    .ok()?,
-            ))
-        });
+        .and_then(|(body, trailer)| Some((body, trailer.strip_prefix(TRAILER_HEAD)?.strip_suffix(TRAILER_TAIL)?)))
+        .and_then(|(body, hex)| Some((body, std::str::from_utf8(hex).ok()?.parse::<Sha256Digest>().ok()?)));
     let Some((body, expected)) = expected else {
         return Err(damaged(format!(
             "its {} bytes do not end with a digest: it is truncated or was edited",
@@ -85,18 +63,11 @@ pub(crate) fn unseal<T: DeserializeOwned>(
     };
     let found = Sha256Digest::of(body);
     if found != expected {
-        return Err(damaged(format!(
-            "its content has SHA-256 {found}, but it was written with {expected}"
-        )));
+        return Err(damaged(format!("its content has SHA-256 {found}, but it was written with {expected}")));
     }
-    let head: Head = serde_json::from_slice(bytes)
-        .map_err(|e| damaged(format!("no `format` and `version`: {e}")))?;
+    let head: Head = serde_json::from_slice(bytes).map_err(|e| damaged(format!("no `format` and `version`: {e}")))?;
     if head.format != format.name {
-        return Err(damaged(format!(
-            "its format is `{}`, expected `{}`",
-            head.format.escape_debug(),
-            format.name
-        )));
+        return Err(damaged(format!("its format is `{}`, expected `{}`", head.format.escape_debug(), format.name)));
     }
     if head.version != format.version {
         return Err(CheckpointError::UnknownVersion {
@@ -106,15 +77,12 @@ pub(crate) fn unseal<T: DeserializeOwned>(
             supported: format.version,
         });
     }
-    serde_json::from_slice(bytes)
-        .map_err(|e| damaged(format!("its JSON is not a {}: {e}", format.name)))
+    serde_json::from_slice(bytes).map_err(|e| damaged(format!("its JSON is not a {}: {e}", format.name)))
 }
 
 /// Milliseconds since 1970, for people only: nothing is decided by it.
 pub(crate) fn unix_ms() -> u64 {
-    let since = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap_or_default();
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -124,10 +92,7 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    const FORMAT: Format = Format {
-        name: "test",
-        version: 1,
-    };
+    const FORMAT: Format = Format { name: "test", version: 1 };
 
     fn open(bytes: &[u8]) -> Result<Value, CheckpointError> {
         unseal(bytes, &FORMAT, "memory:///", "k.json")
@@ -142,14 +107,8 @@ mod tests {
         for i in 0..bytes.len() {
             let mut bad = bytes.clone();
             bad[i] ^= 1;
-            assert!(
-                matches!(open(&bad), Err(CheckpointError::Damaged { .. })),
-                "byte {i}"
-            );
-            assert!(
-                matches!(open(&bytes[..i]), Err(CheckpointError::Damaged { .. })),
-                "cut at {i}"
-            );
+            assert!(matches!(open(&bad), Err(CheckpointError::Damaged { .. })), "byte {i}");
+            assert!(matches!(open(&bytes[..i]), Err(CheckpointError::Damaged { .. })), "cut at {i}");
         }
     }
 
@@ -157,17 +116,7 @@ mod tests {
     fn another_version_is_refused_as_such() {
         let bytes = seal(&json!({"format": "test", "version": 2, "shape": "unknown"})).unwrap();
         let error = open(&bytes).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                CheckpointError::UnknownVersion {
-                    found: 2,
-                    supported: 1,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, CheckpointError::UnknownVersion { found: 2, supported: 1, .. }), "{error}");
         let bytes = seal(&json!({"format": "other", "version": 1})).unwrap();
         assert!(matches!(open(&bytes), Err(CheckpointError::Damaged { .. })));
     }

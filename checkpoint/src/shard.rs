@@ -92,21 +92,10 @@ impl RunStore {
     /// # Errors
     /// [`CheckpointError::BadShard`] names the tensor; [`CheckpointError::Fenced`] if the shard exists with other bytes;
     /// store errors.
-    pub fn write_shard(
-        &self,
-        id: &ShardId,
-        slices: &[Slice<'_>],
-    ) -> Result<ShardRecord, CheckpointError> {
-        let bad = |reason: String| CheckpointError::BadShard {
-            step: id.step,
-            rank: id.rank,
-            reason,
-        };
+    pub fn write_shard(&self, id: &ShardId, slices: &[Slice<'_>]) -> Result<ShardRecord, CheckpointError> {
+        let bad = |reason: String| CheckpointError::BadShard { step: id.step, rank: id.rank, reason };
         if id.rank >= id.world_size {
-            return Err(bad(format!(
-                "the world size is {}; expected ranks 0 to world size - 1",
-                id.world_size
-            )));
+            return Err(bad(format!("the world size is {}; expected ranks 0 to world size - 1", id.world_size)));
         }
         let (slices, mut tensors) = lay_out(slices).map_err(bad)?;
         let header = header(&tensors).map_err(bad)?;
@@ -115,9 +104,7 @@ impl RunStore {
         }
         let mut object = ChunkedObject::new();
         object.extend(&header);
-        slices
-            .iter()
-            .for_each(|slice| object.extend_f32(slice.data));
+        slices.iter().for_each(|slice| object.extend_f32(slice.data));
         let (payload, fingerprint) = object.finish();
 
         let key = keys::shard(id.step, id.attempt, id.rank, id.world_size);
@@ -168,18 +155,11 @@ fn lay_out<'a>(slices: &[Slice<'a>]) -> Result<(Vec<Slice<'a>>, Vec<SliceRecord>
     for slice in &kept {
         let end_numel = slice.start_numel + slice.data.len();
         if let Some(before) = records.last().filter(|before| before.name == slice.name)
-            && (before.end_numel > slice.start_numel
-                || before.shape != slice.shape
-                || end_numel == slice.start_numel)
+            && (before.end_numel > slice.start_numel || before.shape != slice.shape || end_numel == slice.start_numel)
         {
             return Err(format!(
                 "tensor `{}`: elements {} to {end_numel} of shape {:?} come after {} to {} of shape {:?}; expected disjoint ranges of one shape",
-                slice.name,
-                slice.start_numel,
-                slice.shape,
-                before.start_numel,
-                before.end_numel,
-                before.shape
+                slice.name, slice.start_numel, slice.shape, before.start_numel, before.end_numel, before.shape
             ));
         }
         records.push(SliceRecord {
@@ -210,22 +190,11 @@ fn header(tensors: &[SliceRecord]) -> Result<Vec<u8>, String> {
         let is_whole = checked_numel(&tensor.name, &tensor.shape)? == numel;
         let name = match is_whole {
             true => tensor.name.clone(),
-            false => format!(
-                "{}[{}:{}]",
-                tensor.name, tensor.start_numel, tensor.end_numel
-            ),
+            false => format!("{}[{}:{}]", tensor.name, tensor.start_numel, tensor.end_numel),
         };
         let end = tensor.offset_bytes + (numel * tensor.dtype.element_bytes()) as u64;
-        let shape = if is_whole {
-            tensor.shape.as_slice()
-        } else {
-            &[numel]
-        };
-        let entry = Entry {
-            dtype: tensor.dtype,
-            shape,
-            data_offsets: [tensor.offset_bytes, end],
-        };
+        let shape = if is_whole { tensor.shape.as_slice() } else { &[numel] };
+        let entry = Entry { dtype: tensor.dtype, shape, data_offsets: [tensor.offset_bytes, end] };
         let json = |e: serde_json::Error| format!("tensor `{}`: {e}", tensor.name);
         bytes.push(b',');
         serde_json::to_writer(&mut bytes, &name).map_err(json)?;
@@ -252,27 +221,13 @@ mod tests {
     #[test]
     fn bad_slices_are_named() {
         let data = [0.0f32; 8];
-        let slice = |name, shape, start_numel, len: usize| Slice {
-            name,
-            shape,
-            start_numel,
-            data: &data[..len],
-        };
+        let slice = |name, shape, start_numel, len: usize| Slice { name, shape, start_numel, data: &data[..len] };
         for (slices, word) in [
             (vec![slice("model/w", &[4], 0, 5)], "`model/w`"),
             (vec![slice("model/w", &[4], usize::MAX, 1)], "`model/w`"),
             (vec![slice("model/w", &[usize::MAX, 2], 0, 1)], "`model/w`"),
-            (
-                vec![slice("model/w", &[8], 0, 4), slice("model/w", &[8], 3, 4)],
-                "disjoint",
-            ),
-            (
-                vec![
-                    slice("model/w", &[8], 0, 4),
-                    slice("model/w", &[2, 4], 4, 4),
-                ],
-                "one shape",
-            ),
+            (vec![slice("model/w", &[8], 0, 4), slice("model/w", &[8], 3, 4)], "disjoint"),
+            (vec![slice("model/w", &[8], 0, 4), slice("model/w", &[2, 4], 4, 4)], "one shape"),
             (vec![slice("", &[1], 0, 1)], "tensor name"),
             (vec![slice("a\nb", &[1], 0, 1)], "tensor name"),
         ] {
@@ -287,36 +242,14 @@ mod tests {
     fn slices_are_ordered_and_empty_ones_left_out() {
         let data = [1.0f32; 4];
         let (_, records) = lay_out(&[
-            Slice {
-                name: "b",
-                shape: &[8],
-                start_numel: 4,
-                data: &data,
-            },
-            Slice {
-                name: "c",
-                shape: &[8],
-                start_numel: 4,
-                data: &[],
-            },
-            Slice {
-                name: "a",
-                shape: &[0, 3],
-                start_numel: 0,
-                data: &[],
-            },
-            Slice {
-                name: "b",
-                shape: &[8],
-                start_numel: 0,
-                data: &data,
-            },
+            Slice { name: "b", shape: &[8], start_numel: 4, data: &data },
+            Slice { name: "c", shape: &[8], start_numel: 4, data: &[] },
+            Slice { name: "a", shape: &[0, 3], start_numel: 0, data: &[] },
+            Slice { name: "b", shape: &[8], start_numel: 0, data: &data },
         ])
         .unwrap_or_default();
-        let seen: Vec<_> = records
-            .iter()
-            .map(|r| (r.name.as_str(), r.start_numel, r.end_numel, r.offset_bytes))
-            .collect();
+        let seen: Vec<_> =
+            records.iter().map(|r| (r.name.as_str(), r.start_numel, r.end_numel, r.offset_bytes)).collect();
         assert_eq!(seen, [("a", 0, 0, 0), ("b", 0, 4, 0), ("b", 4, 8, 16)]);
     }
 }

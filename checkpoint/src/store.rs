@@ -24,10 +24,7 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self {
-            op_timeout: Duration::from_secs(30),
-            min_bytes_per_s: 4 << 20,
-        }
+        Self { op_timeout: Duration::from_secs(30), min_bytes_per_s: 4 << 20 }
     }
 }
 
@@ -57,10 +54,7 @@ impl RunStore {
     /// # Errors
     /// As [`RunStore::open`].
     pub fn open_with(url: &str, options: StoreOptions) -> Result<Self, CheckpointError> {
-        Ok(Self::at(
-            location::open(url, Folder::Create, &options)?,
-            options,
-        ))
+        Ok(Self::at(location::open(url, Folder::Create, &options)?, options))
     }
 
     /// Opens a run folder that must already be there, to read it: makes no folder and writes nothing. Also takes `https://`.
@@ -69,10 +63,7 @@ impl RunStore {
     /// [`CheckpointError::BadUrl`], also if a local folder does not exist.
     pub fn open_existing(url: &str) -> Result<Self, CheckpointError> {
         let options = StoreOptions::default();
-        Ok(Self::at(
-            location::open(url, Folder::Existing, &options)?,
-            options,
-        ))
+        Ok(Self::at(location::open(url, Folder::Existing, &options)?, options))
     }
 
     /// A run under `root` of any store, for wrappers (throttling, faults). `url` names it in errors.
@@ -86,19 +77,9 @@ impl RunStore {
         options: StoreOptions,
     ) -> Result<Self, CheckpointError> {
         let url = location::redact(url);
-        let root = Path::parse(root).map_err(|e| CheckpointError::BadUrl {
-            url: url.clone(),
-            reason: e.to_string(),
-        })?;
-        Ok(Self::at(
-            Location {
-                store,
-                root,
-                url,
-                folder: None,
-            },
-            options,
-        ))
+        let root =
+            Path::parse(root).map_err(|e| CheckpointError::BadUrl { url: url.clone(), reason: e.to_string() })?;
+        Ok(Self::at(Location { store, root, url, folder: None }, options))
     }
 
     /// The run's URL, without user-info and query: safe to print.
@@ -107,21 +88,7 @@ impl RunStore {
     }
 
     fn at(location: Location, options: StoreOptions) -> Self {
-        let Location {
-            store,
-            root,
-            url,
-            folder,
-        } = location;
-        Self {
-            backend: Arc::new(Backend {
-                store,
-                root,
-                url,
-                folder,
-                options,
-            }),
-            claimed: Arc::default(),
-        }
+        let Location { store, root, url, folder } = location;
+        Self { backend: Arc::new(Backend { store, root, url, folder, options }), claimed: Arc::default() }
     }
 }

@@ -91,9 +91,8 @@ impl Op {
     /// # Errors
     /// [`CollectiveError::Size`].
     pub fn check(&self, rank: usize, world_size: usize) -> Result<(), CollectiveError> {
-        let wrong = |found: String, expected: String| {
-            Err(CollectiveError::Size { rank, op: self.name(), found, expected })
-        };
+        let wrong =
+            |found: String, expected: String| Err(CollectiveError::Size { rank, op: self.name(), found, expected });
         let part_of_whole = |part: &Region, whole: &Region, part_name: &str, whole_name: &str| {
             if part.dtype() != whole.dtype() {
                 return wrong(

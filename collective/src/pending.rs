@@ -27,9 +27,7 @@ impl Pending {
     pub fn wait(self, deadline: Duration) -> Result<Region, CollectiveError> {
         match self.done.recv_timeout(deadline) {
             Ok(result) => result,
-            Err(RecvTimeoutError::Timeout) => {
-                Err(CollectiveError::Deadline { rank: self.rank, op: self.op, deadline })
-            }
+            Err(RecvTimeoutError::Timeout) => Err(CollectiveError::Deadline { rank: self.rank, op: self.op, deadline }),
             Err(RecvTimeoutError::Disconnected) => Err(CollectiveError::Backend {
                 rank: self.rank,
                 op: self.op,

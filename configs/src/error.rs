@@ -62,16 +62,8 @@ impl fmt::Display for Mistake {
 }
 
 fn list(path: &std::path::Path, mistakes: &[Mistake]) -> String {
-    let plural = if mistakes.len() == 1 {
-        "mistake"
-    } else {
-        "mistakes"
-    };
-    let mut text = format!(
-        "{}: {} {plural} in the config",
-        path.display(),
-        mistakes.len()
-    );
+    let plural = if mistakes.len() == 1 { "mistake" } else { "mistakes" };
+    let mut text = format!("{}: {} {plural} in the config", path.display(), mistakes.len());
     for mistake in mistakes {
         text.push_str(&format!("\n  {mistake}"));
     }

@@ -120,9 +120,7 @@ impl Event {
 
 /// Seconds since the Unix epoch, for the `time` of an event.
 pub fn now() -> f64 {
-    std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0.0, |since| since.as_secs_f64())
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 fn nan_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
@@ -156,10 +154,7 @@ mod tests {
     fn lines_are_tagged_objects_that_read_back() {
         let line = Event::Done { step: 7, time: 2.5 }.to_line();
         assert_eq!(line, r#"{"event":"done","step":7,"time":2.5}"#);
-        assert_eq!(
-            Event::parse(&line),
-            Some(Event::Done { step: 7, time: 2.5 })
-        );
+        assert_eq!(Event::parse(&line), Some(Event::Done { step: 7, time: 2.5 }));
         let event = step(0.213);
         assert_eq!(Event::parse(&event.to_line()), Some(event));
     }
@@ -168,22 +163,14 @@ mod tests {
     fn a_loss_that_is_not_finite_survives_as_nan() {
         let line = step(f64::INFINITY).to_line();
         assert!(line.contains(r#""loss":null"#), "{line}");
-        let Some(Event::Step { loss, mse, .. }) = Event::parse(&line) else {
-            panic!("not read back: {line}")
-        };
+        let Some(Event::Step { loss, mse, .. }) = Event::parse(&line) else { panic!("not read back: {line}") };
         assert!(loss.is_nan());
         assert_eq!(mse, 0.2);
     }
 
     #[test]
     fn other_lines_are_no_events() {
-        for line in [
-            "",
-            "loss 0.2",
-            "{\"step\":3}",
-            "{\"event\":\"new_kind\"}",
-            "{\"event\":\"done\"",
-        ] {
+        for line in ["", "loss 0.2", "{\"step\":3}", "{\"event\":\"new_kind\"}", "{\"event\":\"done\""] {
             assert_eq!(Event::parse(line), None, "{line}");
         }
     }

@@ -57,10 +57,7 @@ impl LaneBlock {
             return Err(LaneError::Rank { rank, world_size });
         }
         let len = lanes / world_size;
-        Ok(LaneBlock {
-            first: rank * len,
-            len,
-        })
+        Ok(LaneBlock { first: rank * len, len })
     }
 
     /// The lanes of the block in the order in which the rank executes them.
@@ -78,11 +75,7 @@ pub fn allowed_world_sizes(lanes: usize) -> Vec<usize> {
 }
 
 fn join(sizes: &[usize]) -> String {
-    sizes
-        .iter()
-        .map(usize::to_string)
-        .collect::<Vec<_>>()
-        .join(", ")
+    sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -94,14 +87,9 @@ mod tests {
     fn blocks_partition_the_lanes_in_order() {
         for lanes in [1, 2, 4, 8, 256] {
             for world_size in allowed_world_sizes(lanes) {
-                let dealt: Vec<usize> = (0..world_size)
-                    .flat_map(|rank| LaneBlock::of(rank, world_size, lanes).unwrap().range())
-                    .collect();
-                assert_eq!(
-                    dealt,
-                    (0..lanes).collect::<Vec<_>>(),
-                    "{lanes} lanes on {world_size} ranks"
-                );
+                let dealt: Vec<usize> =
+                    (0..world_size).flat_map(|rank| LaneBlock::of(rank, world_size, lanes).unwrap().range()).collect();
+                assert_eq!(dealt, (0..lanes).collect::<Vec<_>>(), "{lanes} lanes on {world_size} ranks");
             }
         }
     }
@@ -117,31 +105,10 @@ mod tests {
     #[test]
     fn impossible_shares_are_refused_with_the_allowed_sizes() {
         assert_eq!(LaneBlock::of(0, 1, 12), Err(LaneError::Lanes { lanes: 12 }));
-        assert_eq!(
-            LaneBlock::of(2, 2, 4),
-            Err(LaneError::Rank {
-                rank: 2,
-                world_size: 2
-            })
-        );
-        assert_eq!(
-            LaneBlock::of(0, 0, 4),
-            Err(LaneError::WorldSize {
-                world_size: 0,
-                lanes: 4
-            })
-        );
-        assert_eq!(
-            LaneBlock::of(0, 8, 4),
-            Err(LaneError::WorldSize {
-                world_size: 8,
-                lanes: 4
-            })
-        );
+        assert_eq!(LaneBlock::of(2, 2, 4), Err(LaneError::Rank { rank: 2, world_size: 2 }));
+        assert_eq!(LaneBlock::of(0, 0, 4), Err(LaneError::WorldSize { world_size: 0, lanes: 4 }));
+        assert_eq!(LaneBlock::of(0, 8, 4), Err(LaneError::WorldSize { world_size: 8, lanes: 4 }));
         let message = LaneBlock::of(0, 3, 4).unwrap_err().to_string();
-        assert!(
-            message.contains('3') && message.contains("1, 2, 4"),
-            "{message}"
-        );
+        assert!(message.contains('3') && message.contains("1, 2, 4"), "{message}");
     }
 }

@@ -28,10 +28,7 @@ impl RunConfig {
     /// # Errors
     /// The file cannot be read, is not TOML, or has mistakes: all of them in one error.
     pub fn load(path: &Path, overrides: &[String]) -> Result<RunConfig, ConfigError> {
-        let read = |source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        };
+        let read = |source| ConfigError::Read { path: path.to_owned(), source };
         let text = std::fs::read_to_string(path).map_err(read)?;
         let absolute = std::path::absolute(path).map_err(read)?;
         let folder = absolute.parent().unwrap_or(Path::new("/"));
@@ -42,20 +39,10 @@ impl RunConfig {
 }
 
 /// `path` is for messages only; `base` is the absolute folder for relative paths.
-fn parse(
-    path: &Path,
-    text: &str,
-    base: &Path,
-    overrides: &[String],
-) -> Result<RunConfig, ConfigError> {
+fn parse(path: &Path, text: &str, base: &Path, overrides: &[String]) -> Result<RunConfig, ConfigError> {
     let mut root: Table = toml::from_str(text).map_err(|error| {
         let (line, column) = position(text, error.span().map_or(0, |span| span.start));
-        ConfigError::Syntax {
-            path: path.to_owned(),
-            line,
-            column,
-            message: error.message().to_owned(),
-        }
+        ConfigError::Syntax { path: path.to_owned(), line, column, message: error.message().to_owned() }
     })?;
     let mut mistakes = Vec::new();
     let applied = overrides::apply(&mut root, overrides, &mut mistakes);
@@ -63,53 +50,30 @@ fn parse(
     let config = read(&mut reader, base);
     check(&mut reader, &config);
     let mistakes = reader.finish();
-    if mistakes.is_empty() {
-        Ok(config)
-    } else {
-        Err(ConfigError::Invalid {
-            path: path.to_owned(),
-            mistakes,
-        })
-    }
+    if mistakes.is_empty() { Ok(config) } else { Err(ConfigError::Invalid { path: path.to_owned(), mistakes }) }
 }
 
 fn position(text: &str, offset: usize) -> (usize, usize) {
     let before = text.get(..offset).unwrap_or(text);
     let line_start = before.rfind('\n').map_or(0, |end| end + 1);
-    (
-        before.matches('\n').count() + 1,
-        before[line_start..].chars().count() + 1,
-    )
+    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
 }
 
 /// Every key by itself: type, range, default.
 fn read(r: &mut Reader, base: &Path) -> RunConfig {
     RunConfig {
-        run: RunLocation {
-            url: required_url(r, "run.url", base, "set it to the folder or URL of the run"),
-        },
+        run: RunLocation { url: required_url(r, "run.url", base, "set it to the folder or URL of the run") },
         seed: r.integer("seed", 0..=ANY, 0),
         reduction: r.choice(
             "reduction",
-            &[
-                ("invariant", Reduction::Invariant),
-                ("fast", Reduction::Fast),
-            ],
+            &[("invariant", Reduction::Invariant), ("fast", Reduction::Fast)],
             Reduction::Invariant,
         ),
         data: read_data(r, base),
         model: read_model(r),
         diffusion: DiffusionConfig {
-            objective: r.choice(
-                "diffusion.objective",
-                &[("eps", Objective::Eps)],
-                Objective::Eps,
-            ),
-            schedule: r.choice(
-                "diffusion.schedule",
-                &[("linear", Schedule::Linear)],
-                Schedule::Linear,
-            ),
+            objective: r.choice("diffusion.objective", &[("eps", Objective::Eps)], Objective::Eps),
+            schedule: r.choice("diffusion.schedule", &[("linear", Schedule::Linear)], Schedule::Linear),
             timesteps: r.integer("diffusion.timesteps", 21..=100_000, 1000) as usize,
         },
         optimizer: OptimizerConfig {
@@ -120,18 +84,12 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
             warmup_steps: r.integer("optimizer.warmup_steps", 0..=ANY, 0),
             decay: r.choice(
                 "optimizer.decay",
-                &[
-                    ("constant", Decay::Constant),
-                    ("cosine", Decay::Cosine),
-                    ("linear", Decay::Linear),
-                ],
+                &[("constant", Decay::Constant), ("cosine", Decay::Cosine), ("linear", Decay::Linear)],
                 Decay::Constant,
             ),
             final_lr: r.float("optimizer.final_lr", 0.0.., 0.0),
         },
-        ema: EmaConfig {
-            decay: r.float("ema.decay", BELOW_ONE, 0.9999),
-        },
+        ema: EmaConfig { decay: r.float("ema.decay", BELOW_ONE, 0.9999) },
         train: TrainConfig {
             steps: r.required_integer(
                 "train.steps",
@@ -151,11 +109,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
             threads_per_rank: r.integer("train.threads_per_rank", 1..=1024, 1) as usize,
             device: r.choice(
                 "train.device",
-                &[
-                    ("auto", Device::Auto),
-                    ("cpu", Device::Cpu),
-                    ("cuda", Device::Cuda),
-                ],
+                &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)],
                 Device::Auto,
             ),
         },
@@ -171,11 +125,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
         sample: SampleConfig {
             every_steps: r.integer("sample.every_steps", 0..=ANY, 0),
             num: r.integer("sample.num", 1..=COUNT, 40) as usize,
-            sampler: r.choice(
-                "sample.sampler",
-                &[("ddim", Sampler::Ddim), ("ddpm", Sampler::Ddpm)],
-                Sampler::Ddim,
-            ),
+            sampler: r.choice("sample.sampler", &[("ddim", Sampler::Ddim), ("ddpm", Sampler::Ddpm)], Sampler::Ddim),
             steps: r.integer("sample.steps", 1..=100_000, 50) as usize,
             cfg_scale: r.float("sample.cfg_scale", 0.0.., 1.5),
             batch: r.integer("sample.batch", 1..=COUNT, 10) as usize,
@@ -186,9 +136,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
             every_steps: r.integer("log.every_steps", 1..=ANY, 10),
             tensorboard: r.boolean("log.tensorboard", true),
         },
-        collective: CollectiveConfig {
-            timeout_s: r.integer("collective.timeout_s", 1..=604_800, 600),
-        },
+        collective: CollectiveConfig { timeout_s: r.integer("collective.timeout_s", 1..=604_800, 600) },
         cluster: ClusterConfig {
             nodes: r.integer("cluster.nodes", 1..=MAX_LANES as u64, 1) as usize,
             procs_per_node: r
@@ -201,12 +149,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
 fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
     let names = Columns::default();
     DataConfig {
-        url: required_url(
-            r,
-            "data.url",
-            base,
-            "set it to a parquet file or a folder of them",
-        ),
+        url: required_url(r, "data.url", base, "set it to a parquet file or a folder of them"),
         range_rows: r.integer("data.range_rows", 1..=COUNT, 256),
         shuffle_window_rows: r.integer("data.shuffle_window_rows", 1..=COUNT, 4096),
         prefetch_bytes: r.integer("data.prefetch_bytes", 1..=ANY, 64 << 20),
@@ -229,11 +172,7 @@ fn read_model(r: &mut Reader) -> ModelConfig {
         Some(preset) => r.integer(key, 1..=COUNT, of(preset) as u64) as usize,
         // A preset that is given but wrong is one mistake, not five.
         None if r.given("model.preset") => r.integer(key, 1..=COUNT, 1) as usize,
-        None => r.required_integer(
-            key,
-            1..=COUNT,
-            "set it, or choose a model.preset such as \"DiT-S/2\"",
-        ) as usize,
+        None => r.required_integer(key, 1..=COUNT, "set it, or choose a model.preset such as \"DiT-S/2\"") as usize,
     };
     ModelConfig {
         hidden_size: dimension("model.hidden_size", |preset| preset.hidden_size),
@@ -244,15 +183,9 @@ fn read_model(r: &mut Reader) -> ModelConfig {
         mlp_ratio: r.float("model.mlp_ratio", POSITIVE, 4.0),
         class_dropout_prob: r.float("model.class_dropout_prob", 0.0..=1.0, 0.1),
         learn_sigma: r.boolean("model.learn_sigma", true),
-        num_classes: r
-            .optional_integer("model.num_classes", 1..=COUNT)
-            .map(|count| count as usize),
-        input_size: r
-            .optional_integer("model.input_size", 1..=65_536)
-            .map(|side| side as usize),
-        in_channels: r
-            .optional_integer("model.in_channels", 1..=65_536)
-            .map(|count| count as usize),
+        num_classes: r.optional_integer("model.num_classes", 1..=COUNT).map(|count| count as usize),
+        input_size: r.optional_integer("model.input_size", 1..=65_536).map(|side| side as usize),
+        in_channels: r.optional_integer("model.in_channels", 1..=65_536).map(|count| count as usize),
     }
 }
 
@@ -261,11 +194,7 @@ fn read_preset(r: &mut Reader) -> Option<presets::Preset> {
     let preset = presets::by_name(&name);
     if preset.is_none() {
         let names: Vec<&str> = presets::ALL.iter().map(|preset| preset.name).collect();
-        r.refuse(
-            "model.preset",
-            "is not a known preset",
-            format!("use one of {}", names.join(", ")),
-        );
+        r.refuse("model.preset", "is not a known preset", format!("use one of {}", names.join(", ")));
     }
     preset
 }
@@ -274,11 +203,7 @@ fn required_url(r: &mut Reader, key: &'static str, base: &Path, advice: &str) ->
     r.require(key, advice);
     let text = r.optional_text(key).unwrap_or_default();
     if let Some(problem) = location::defect(&text).filter(|_| r.given(key) && r.sound(&[key])) {
-        r.refuse(
-            key,
-            problem,
-            "give a path, or a URL such as s3://bucket/folder",
-        );
+        r.refuse(key, problem, "give a path, or a URL such as s3://bucket/folder");
     }
     location::resolve(base, &text)
 }
@@ -290,11 +215,7 @@ fn read_folder(r: &mut Reader, key: &'static str, base: &Path) -> Option<PathBuf
         Some(_) => None,
     };
     if folder.is_none() {
-        r.refuse(
-            key,
-            "is not a folder on this machine",
-            "give the path of a local folder",
-        );
+        r.refuse(key, "is not a folder on this machine", "give the path of a local folder");
     }
     folder
 }
@@ -308,19 +229,11 @@ fn check(r: &mut Reader, c: &RunConfig) {
     if r.sound(&["train.lanes"]) && !c.train.lanes.is_power_of_two() {
         let above = c.train.lanes.next_power_of_two();
         let batches = if r.sound(&["train.micro_batch"]) {
-            format!(
-                " (global batch {} or {})",
-                above / 2 * c.train.micro_batch,
-                above * c.train.micro_batch
-            )
+            format!(" (global batch {} or {})", above / 2 * c.train.micro_batch, above * c.train.micro_batch)
         } else {
             String::new()
         };
-        r.refuse(
-            "train.lanes",
-            "is not a power of two",
-            format!("use {} or {above}{batches}", above / 2),
-        );
+        r.refuse("train.lanes", "is not a power of two", format!("use {} or {above}{batches}", above / 2));
     }
     if c.optimizer.decay != Decay::Constant
         && r.sound(&["optimizer.warmup_steps", "train.steps"])
@@ -337,12 +250,7 @@ fn check(r: &mut Reader, c: &RunConfig) {
 }
 
 fn check_model(r: &mut Reader, model: &ModelConfig) {
-    let ModelConfig {
-        hidden_size,
-        num_heads,
-        patch_size,
-        ..
-    } = *model;
+    let ModelConfig { hidden_size, num_heads, patch_size, .. } = *model;
     let sized = r.sound(&["model.hidden_size", "model.preset"]);
     if sized && hidden_size % 4 != 0 {
         let near = hidden_size.next_multiple_of(4);
@@ -361,20 +269,11 @@ fn check_model(r: &mut Reader, model: &ModelConfig) {
             .map(|heads| heads.to_string())
             .collect();
         // At whichever of the two was written down.
-        let key = if r.given("model.num_heads") {
-            "model.num_heads"
-        } else {
-            "model.hidden_size"
-        };
+        let key = if r.given("model.num_heads") { "model.num_heads" } else { "model.hidden_size" };
         r.refuse(
             key,
-            format!(
-                "does not fit: hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"
-            ),
-            format!(
-                "use a num_heads that divides {hidden_size}, such as {}",
-                fitting.join(", ")
-            ),
+            format!("does not fit: hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"),
+            format!("use a num_heads that divides {hidden_size}, such as {}", fitting.join(", ")),
         );
     }
     if let Some(input_size) = model.input_size
@@ -384,21 +283,14 @@ fn check_model(r: &mut Reader, model: &ModelConfig) {
         r.refuse(
             "model.input_size",
             format!("is not a multiple of patch_size {patch_size}"),
-            format!(
-                "use {}, or another patch_size",
-                input_size.next_multiple_of(patch_size)
-            ),
+            format!("use {}, or another patch_size", input_size.next_multiple_of(patch_size)),
         );
     }
 }
 
 /// "is", or where the value is not written in the file (it comes from a preset) "(here 1152) is".
 fn is(r: &Reader, key: &str, value: usize) -> String {
-    if r.given(key) {
-        "is".to_owned()
-    } else {
-        format!("(here {value}) is")
-    }
+    if r.given(key) { "is".to_owned() } else { format!("(here {value}) is") }
 }
 
 fn check_sampling(r: &mut Reader, c: &RunConfig) {
@@ -426,10 +318,7 @@ fn check_sampling(r: &mut Reader, c: &RunConfig) {
     {
         r.refuse(
             "model.class_dropout_prob",
-            format!(
-                "leaves no null class, which guidance with sample.cfg_scale = {} needs",
-                c.sample.cfg_scale
-            ),
+            format!("leaves no null class, which guidance with sample.cfg_scale = {} needs", c.sample.cfg_scale),
             "use a probability above 0 (the paper: 0.1), or sample.cfg_scale = 1",
         );
     }

@@ -15,12 +15,7 @@ micro_batch = 32
 
 fn load(text: &str, overrides: &[&str]) -> Result<RunConfig, Vec<Mistake>> {
     let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-    match parse(
-        Path::new("x.toml"),
-        text,
-        Path::new("/home/ada/configs"),
-        &overrides,
-    ) {
+    match parse(Path::new("x.toml"), text, Path::new("/home/ada/configs"), &overrides) {
         Ok(config) => Ok(config),
         Err(ConfigError::Invalid { mistakes, .. }) => Err(mistakes),
         Err(other) => panic!("{other}"),
@@ -41,125 +36,44 @@ fn what_is_left_out_takes_the_documented_default() {
     assert_eq!(config.data.url, "file:///data/a");
     assert_eq!((config.seed, config.reduction), (0, Reduction::Invariant));
     assert_eq!(
-        (
-            config.data.range_rows,
-            config.data.shuffle_window_rows,
-            config.data.prefetch_bytes
-        ),
+        (config.data.range_rows, config.data.shuffle_window_rows, config.data.prefetch_bytes),
         (256, 4096, 67_108_864)
     );
+    assert_eq!((config.model.mlp_ratio, config.model.class_dropout_prob, config.model.learn_sigma), (4.0, 0.1, true));
+    assert_eq!((config.model.num_classes, config.model.input_size, config.model.in_channels), (None, None, None));
+    assert_eq!((config.optimizer.lr, config.optimizer.betas, config.optimizer.eps), (1e-4, [0.9, 0.999], 1e-8));
+    assert_eq!((config.optimizer.weight_decay, config.optimizer.warmup_steps), (0.0, 0));
+    assert_eq!((config.ema.decay, config.diffusion.timesteps), (0.9999, 1000));
+    assert_eq!((config.train.threads_per_rank, config.train.device), (1, Device::Auto));
+    assert_eq!((config.checkpoint.every_steps, config.checkpoint.keep_last), (1000, 3));
     assert_eq!(
-        (
-            config.model.mlp_ratio,
-            config.model.class_dropout_prob,
-            config.model.learn_sigma
-        ),
-        (4.0, 0.1, true)
-    );
-    assert_eq!(
-        (
-            config.model.num_classes,
-            config.model.input_size,
-            config.model.in_channels
-        ),
-        (None, None, None)
-    );
-    assert_eq!(
-        (
-            config.optimizer.lr,
-            config.optimizer.betas,
-            config.optimizer.eps
-        ),
-        (1e-4, [0.9, 0.999], 1e-8)
-    );
-    assert_eq!(
-        (config.optimizer.weight_decay, config.optimizer.warmup_steps),
-        (0.0, 0)
-    );
-    assert_eq!(
-        (config.ema.decay, config.diffusion.timesteps),
-        (0.9999, 1000)
-    );
-    assert_eq!(
-        (config.train.threads_per_rank, config.train.device),
-        (1, Device::Auto)
-    );
-    assert_eq!(
-        (config.checkpoint.every_steps, config.checkpoint.keep_last),
-        (1000, 3)
-    );
-    assert_eq!(
-        (
-            config.sample.every_steps,
-            config.sample.num,
-            config.sample.steps,
-            config.sample.cfg_scale
-        ),
+        (config.sample.every_steps, config.sample.num, config.sample.steps, config.sample.cfg_scale),
         (0, 40, 50, 1.5)
     );
-    assert_eq!(
-        (
-            config.collective.timeout_s,
-            config.cluster.nodes,
-            config.cluster.procs_per_node
-        ),
-        (600, 1, None)
-    );
+    assert_eq!((config.collective.timeout_s, config.cluster.nodes, config.cluster.procs_per_node), (600, 1, None));
     assert_eq!(config.global_batch(), 128);
 }
 
 #[test]
 fn explicit_dimensions_win_over_the_preset() {
     let model = load(SMALL, &["model.depth=3"]).unwrap().model;
-    assert_eq!(
-        (
-            model.hidden_size,
-            model.depth,
-            model.num_heads,
-            model.patch_size
-        ),
-        (384, 3, 6, 2)
-    );
+    assert_eq!((model.hidden_size, model.depth, model.num_heads, model.patch_size), (384, 3, 6, 2));
 }
 
 #[test]
 fn without_a_preset_all_four_dimensions_are_required() {
     let text = SMALL.replace(r#"preset = "DiT-S/2""#, "depth = 6");
-    let keys: Vec<String> = load(&text, &[])
-        .unwrap_err()
-        .into_iter()
-        .map(|mistake| mistake.key)
-        .collect();
-    assert_eq!(
-        keys,
-        ["model.hidden_size", "model.num_heads", "model.patch_size"]
-    );
+    let keys: Vec<String> = load(&text, &[]).unwrap_err().into_iter().map(|mistake| mistake.key).collect();
+    assert_eq!(keys, ["model.hidden_size", "model.num_heads", "model.patch_size"]);
 }
 
 #[test]
 fn all_mistakes_come_at_once() {
-    let text = SMALL
-        .replace("lanes = 4", "lanes = 12\nlane = 3")
-        .replace("steps = 10", "steps = \"ten\"");
+    let text = SMALL.replace("lanes = 4", "lanes = 12\nlane = 3").replace("steps = 10", "steps = \"ten\"");
     let mistakes = load(&text, &["ema.decay=1.0", "sample.vea=x"]).unwrap_err();
-    let keys: Vec<&str> = mistakes
-        .iter()
-        .map(|mistake| mistake.key.as_str())
-        .collect();
-    assert_eq!(
-        keys,
-        [
-            "ema.decay",
-            "train.steps",
-            "train.lanes",
-            "sample.vea",
-            "train.lane"
-        ]
-    );
-    let error = ConfigError::Invalid {
-        path: "x.toml".into(),
-        mistakes,
-    };
+    let keys: Vec<&str> = mistakes.iter().map(|mistake| mistake.key.as_str()).collect();
+    assert_eq!(keys, ["ema.decay", "train.steps", "train.lanes", "sample.vea", "train.lane"]);
+    let error = ConfigError::Invalid { path: "x.toml".into(), mistakes };
     assert_eq!(error.to_string().lines().count(), 6, "{error}");
 }
 
@@ -187,17 +101,9 @@ fn unknown_keys_are_refused_with_the_nearest_name() {
         ("checkpoint.keep=4", "checkpoint.keep_last"),
     ] {
         let mistake = mistake(&[given]);
-        assert_eq!(
-            mistake.advice,
-            format!("did you mean `{meant}`?"),
-            "{given}"
-        );
+        assert_eq!(mistake.advice, format!("did you mean `{meant}`?"), "{given}");
     }
-    assert!(
-        !mistake(&["zebra.crossing=1"])
-            .advice
-            .contains("did you mean")
-    );
+    assert!(!mistake(&["zebra.crossing=1"]).advice.contains("did you mean"));
 }
 
 #[test]
@@ -226,19 +132,13 @@ fn wrong_types_and_ranges_are_refused() {
         ("train.lanes=131072", "out of range"),
     ] {
         let mistakes = load(SMALL, &[given]).unwrap_err();
-        assert!(
-            mistakes[0].problem.contains(problem),
-            "{given}: {mistakes:#?}"
-        );
+        assert!(mistakes[0].problem.contains(problem), "{given}: {mistakes:#?}");
     }
 }
 
 #[test]
 fn a_value_in_place_of_a_section_is_said_to_be_one() {
-    assert_eq!(
-        mistake(&["optimizer=5"]).problem,
-        "is an integer, not a section"
-    );
+    assert_eq!(mistake(&["optimizer=5"]).problem, "is an integer, not a section");
 }
 
 #[test]
@@ -246,42 +146,18 @@ fn contradictions_are_refused() {
     for (given, key) in [
         (&["model.num_heads=5"][..], "model.num_heads"),
         (&["model.hidden_size=388"], "model.hidden_size"),
-        (
-            &["model.hidden_size=6", "model.num_heads=1"],
-            "model.hidden_size",
-        ),
+        (&["model.hidden_size=6", "model.num_heads=1"], "model.hidden_size"),
         (&["model.input_size=9"], "model.input_size"),
-        (
-            &["sample.steps=30", "diffusion.timesteps=25"],
-            "sample.steps",
-        ),
+        (&["sample.steps=30", "diffusion.timesteps=25"], "sample.steps"),
         (&["sample.every_steps=5"], "sample.every_steps"),
-        (
-            &[
-                "sample.every_steps=5",
-                "sample.vae=/v",
-                "model.class_dropout_prob=0",
-            ],
-            "model.class_dropout_prob",
-        ),
-        (
-            &["optimizer.decay=cosine", "optimizer.warmup_steps=10"],
-            "optimizer.warmup_steps",
-        ),
+        (&["sample.every_steps=5", "sample.vae=/v", "model.class_dropout_prob=0"], "model.class_dropout_prob"),
+        (&["optimizer.decay=cosine", "optimizer.warmup_steps=10"], "optimizer.warmup_steps"),
     ] {
         assert_eq!(mistake(given).key, key, "{given:?}");
     }
     assert!(
-        load(
-            SMALL,
-            &[
-                "sample.every_steps=5",
-                "sample.vae=/v",
-                "model.class_dropout_prob=0",
-                "sample.cfg_scale=1"
-            ]
-        )
-        .is_ok()
+        load(SMALL, &["sample.every_steps=5", "sample.vae=/v", "model.class_dropout_prob=0", "sample.cfg_scale=1"])
+            .is_ok()
     );
     assert!(load(SMALL, &["optimizer.warmup_steps=10"]).is_ok());
 }
@@ -289,26 +165,14 @@ fn contradictions_are_refused() {
 #[test]
 fn a_key_with_a_mistake_is_not_blamed_twice() {
     assert_eq!(mistake(&["model.num_heads=0"]).key, "model.num_heads");
-    assert_eq!(
-        mistake(&["model.preset=DiT-M/2", "model.input_size=9"]).key,
-        "model.preset"
-    );
+    assert_eq!(mistake(&["model.preset=DiT-M/2", "model.input_size=9"]).key, "model.preset");
 }
 
 #[test]
 fn an_override_of_a_text_key_is_taken_by_its_text() {
-    assert_eq!(
-        load(SMALL, &["data.columns.id=5"]).unwrap().data.columns.id,
-        "5"
-    );
-    assert_eq!(
-        load(SMALL, &["run.url=2024"]).unwrap().run.url,
-        "file:///home/ada/configs/2024"
-    );
-    assert_eq!(
-        load(SMALL, &["sample.vae=../vae"]).unwrap().sample.vae,
-        Some(PathBuf::from("/home/ada/vae"))
-    );
+    assert_eq!(load(SMALL, &["data.columns.id=5"]).unwrap().data.columns.id, "5");
+    assert_eq!(load(SMALL, &["run.url=2024"]).unwrap().run.url, "file:///home/ada/configs/2024");
+    assert_eq!(load(SMALL, &["sample.vae=../vae"]).unwrap().sample.vae, Some(PathBuf::from("/home/ada/vae")));
 }
 
 #[test]
@@ -319,40 +183,24 @@ fn secrets_are_in_no_message_and_in_no_json() {
     assert!(!config.to_json().to_string().contains("hunter2"));
     let shown = mistake(&["data.url=http://key:hunter2@[::1/x"]).to_string();
     assert!(!shown.contains("hunter2"), "{shown}");
-    let shown = parse(
-        Path::new("x.toml"),
-        "a = 1\nrun.url = \"s3://key:hunter2@b\n",
-        Path::new("/"),
-        &[],
-    )
-    .unwrap_err()
-    .to_string();
-    assert!(
-        shown.starts_with("x.toml:2:") && !shown.contains("hunter2"),
-        "{shown}"
-    );
+    let shown = parse(Path::new("x.toml"), "a = 1\nrun.url = \"s3://key:hunter2@b\n", Path::new("/"), &[])
+        .unwrap_err()
+        .to_string();
+    assert!(shown.starts_with("x.toml:2:") && !shown.contains("hunter2"), "{shown}");
 }
 
 #[test]
 fn json_is_nested_by_section_and_reads_like_the_file() {
     let json = load(SMALL, &[]).unwrap().to_json();
     assert_eq!(json.pointer("/train/lanes"), Some(&serde_json::json!(4)));
-    assert_eq!(
-        json.pointer("/data/columns/id"),
-        Some(&serde_json::json!("id"))
-    );
-    assert_eq!(
-        json.pointer("/optimizer/decay"),
-        Some(&serde_json::json!("constant"))
-    );
+    assert_eq!(json.pointer("/data/columns/id"), Some(&serde_json::json!("id")));
+    assert_eq!(json.pointer("/optimizer/decay"), Some(&serde_json::json!("constant")));
     assert_eq!(json.pointer("/seed"), Some(&serde_json::json!(0)));
 }
 
 #[test]
 fn a_file_that_is_not_there_is_named() {
-    let error = RunConfig::load(Path::new("/no/such/file.toml"), &[])
-        .unwrap_err()
-        .to_string();
+    let error = RunConfig::load(Path::new("/no/such/file.toml"), &[]).unwrap_err().to_string();
     assert!(error.contains("/no/such/file.toml"), "{error}");
 }
 
@@ -361,21 +209,8 @@ fn the_shipped_configs_load() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let quickstart = RunConfig::load(&folder.join("quickstart.toml"), &[]).unwrap();
     let root = folder.canonicalize().unwrap().parent().unwrap().to_owned();
-    assert_eq!(
-        location::local_path(&quickstart.data.url),
-        Some(root.join("data/quickstart"))
-    );
-    assert_eq!(
-        quickstart.sample.vae,
-        Some(root.join("assets/vae/fashion-kl-f4"))
-    );
+    assert_eq!(location::local_path(&quickstart.data.url), Some(root.join("data/quickstart")));
+    assert_eq!(quickstart.sample.vae, Some(root.join("assets/vae/fashion-kl-f4")));
     let paper = RunConfig::load(&folder.join("dit-xl-2.toml"), &[]).unwrap();
-    assert_eq!(
-        (
-            paper.global_batch(),
-            paper.model.hidden_size,
-            paper.optimizer.lr
-        ),
-        (256, 1152, 1e-4)
-    );
+    assert_eq!((paper.global_batch(), paper.model.hidden_size, paper.optimizer.lr), (256, 1152, 1e-4));
 }

@@ -23,10 +23,7 @@ pub fn local_path(location: &str) -> Option<PathBuf> {
     if !has_scheme(location) {
         return Some(PathBuf::from(location));
     }
-    Url::parse(location)
-        .ok()
-        .filter(|url| url.scheme() == "file")
-        .and_then(|url| url.to_file_path().ok())
+    Url::parse(location).ok().filter(|url| url.scheme() == "file").and_then(|url| url.to_file_path().ok())
 }
 
 /// The location without what may be secret: user-info, query and fragment. For messages and logs.
@@ -38,9 +35,7 @@ pub fn redact(location: &str) -> String {
     };
     let rest = &rest[..rest.find(['?', '#']).unwrap_or(rest.len())];
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let host = authority
-        .rsplit_once('@')
-        .map_or(authority, |(_, host)| host);
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
     format!("{scheme}://{host}{path}")
 }
 
@@ -64,9 +59,7 @@ pub(crate) fn defect(text: &str) -> Option<String> {
 fn has_scheme(text: &str) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| {
         scheme.starts_with(|c: char| c.is_ascii_alphabetic())
-            && scheme
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
+            && scheme.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
     })
 }
 
@@ -103,28 +96,16 @@ mod tests {
     fn file_urls_lead_back_to_their_path() {
         let url = resolve(Path::new("/b"), "a folder/ü");
         assert_eq!(local_path(&url), Some(PathBuf::from("/b/a folder/ü")));
-        assert_eq!(
-            local_path("/plain/path"),
-            Some(PathBuf::from("/plain/path"))
-        );
+        assert_eq!(local_path("/plain/path"), Some(PathBuf::from("/plain/path")));
         assert_eq!(local_path("s3://bucket/run"), None);
     }
 
     #[test]
     fn secrets_are_stripped_even_from_malformed_urls() {
-        assert_eq!(
-            redact("s3://key:secret@bucket/run?sig=abc#f"),
-            "s3://bucket/run"
-        );
+        assert_eq!(redact("s3://key:secret@bucket/run?sig=abc#f"), "s3://bucket/run");
         assert_eq!(redact("https://host?token=abc"), "https://host");
-        assert_eq!(
-            redact("s3://key:se@cret@bu cket:bad/run"),
-            "s3://bu cket:bad/run"
-        );
-        assert_eq!(
-            redact("file:///tmp/user@host/run"),
-            "file:///tmp/user@host/run"
-        );
+        assert_eq!(redact("s3://key:se@cret@bu cket:bad/run"), "s3://bu cket:bad/run");
+        assert_eq!(redact("file:///tmp/user@host/run"), "file:///tmp/user@host/run");
         assert_eq!(redact("/tmp/what?"), "/tmp/what?");
     }
 

@@ -19,13 +19,7 @@ pub struct Preset {
 
 const fn preset(name: &'static str, width: (usize, usize, usize), patch_size: usize) -> Preset {
     let (hidden_size, depth, num_heads) = width;
-    Preset {
-        name,
-        hidden_size,
-        depth,
-        num_heads,
-        patch_size,
-    }
+    Preset { name, hidden_size, depth, num_heads, patch_size }
 }
 
 const S: (usize, usize, usize) = (384, 12, 6);
@@ -61,18 +55,11 @@ mod tests {
     #[test]
     fn names_say_the_patch_size_and_heads_divide_the_width() {
         for preset in ALL {
-            assert!(
-                preset.name.ends_with(&format!("/{}", preset.patch_size)),
-                "{}",
-                preset.name
-            );
+            assert!(preset.name.ends_with(&format!("/{}", preset.patch_size)), "{}", preset.name);
             assert_eq!(preset.hidden_size % preset.num_heads, 0, "{}", preset.name);
             assert_eq!(by_name(preset.name), Some(preset));
         }
-        assert_eq!(
-            by_name("DiT-XL/2").map(|p| (p.hidden_size, p.depth, p.num_heads)),
-            Some((1152, 28, 16))
-        );
+        assert_eq!(by_name("DiT-XL/2").map(|p| (p.hidden_size, p.depth, p.num_heads)), Some((1152, 28, 16)));
         assert_eq!(by_name("DiT-M/2"), None);
     }
 }

@@ -19,19 +19,8 @@ pub(crate) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub(crate) fn new(
-        file: String,
-        root: &'a Table,
-        applied: &'a Applied,
-        mistakes: Vec<Mistake>,
-    ) -> Self {
-        Reader {
-            file,
-            root,
-            applied,
-            known: BTreeSet::new(),
-            mistakes,
-        }
+    pub(crate) fn new(file: String, root: &'a Table, applied: &'a Applied, mistakes: Vec<Mistake>) -> Self {
+        Reader { file, root, applied, known: BTreeSet::new(), mistakes }
     }
 
     /// The value of a key was given (rightly or wrongly).
@@ -41,19 +30,11 @@ impl<'a> Reader<'a> {
 
     /// None of these keys has a mistake, so that they can be checked against each other.
     pub(crate) fn sound(&self, keys: &[&str]) -> bool {
-        !self
-            .mistakes
-            .iter()
-            .any(|mistake| keys.contains(&mistake.key.as_str()))
+        !self.mistakes.iter().any(|mistake| keys.contains(&mistake.key.as_str()))
     }
 
     /// Notes a mistake about a key, quoting its value if it was given.
-    pub(crate) fn refuse(
-        &mut self,
-        key: &str,
-        problem: impl Into<String>,
-        advice: impl Into<String>,
-    ) {
+    pub(crate) fn refuse(&mut self, key: &str, problem: impl Into<String>, advice: impl Into<String>) {
         let found = find(self.root, key).map(|value| shown(key, value));
         let origin = self.origin(key);
         self.mistakes.push(Mistake {
@@ -65,31 +46,17 @@ impl<'a> Reader<'a> {
         });
     }
 
-    pub(crate) fn integer(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<u64>,
-        default: u64,
-    ) -> u64 {
+    pub(crate) fn integer(&mut self, key: &'static str, range: RangeInclusive<u64>, default: u64) -> u64 {
         self.optional_integer(key, range).unwrap_or(default)
     }
 
-    pub(crate) fn required_integer(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<u64>,
-        advice: &str,
-    ) -> u64 {
+    pub(crate) fn required_integer(&mut self, key: &'static str, range: RangeInclusive<u64>, advice: &str) -> u64 {
         let stand_in = *range.start();
         self.require(key, advice);
         self.integer(key, range, stand_in)
     }
 
-    pub(crate) fn optional_integer(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<u64>,
-    ) -> Option<u64> {
+    pub(crate) fn optional_integer(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
         let expected = match *range.end() {
             end if end >= i64::MAX as u64 => {
                 format!("give an integer of at least {}", range.start())
@@ -100,10 +67,7 @@ impl<'a> Reader<'a> {
             Value::Integer(value) => *value,
             other => return self.wrong_type(key, other, "an integer", &expected),
         };
-        match u64::try_from(value)
-            .ok()
-            .filter(|value| range.contains(value))
-        {
+        match u64::try_from(value).ok().filter(|value| range.contains(value)) {
             Some(value) => Some(value),
             None => {
                 self.refuse(key, "is out of range", expected);
@@ -112,21 +76,12 @@ impl<'a> Reader<'a> {
         }
     }
 
-    pub(crate) fn float(
-        &mut self,
-        key: &'static str,
-        range: impl RangeBounds<f64>,
-        default: f64,
-    ) -> f64 {
+    pub(crate) fn float(&mut self, key: &'static str, range: impl RangeBounds<f64>, default: f64) -> f64 {
         self.optional_float(key, range).unwrap_or(default)
     }
 
     /// A finite number inside `range`; integers are taken as well.
-    pub(crate) fn optional_float(
-        &mut self,
-        key: &'static str,
-        range: impl RangeBounds<f64>,
-    ) -> Option<f64> {
+    pub(crate) fn optional_float(&mut self, key: &'static str, range: impl RangeBounds<f64>) -> Option<f64> {
         let value = self.take(key)?;
         let expected = format!("give a number {}", described(&range));
         let Some(number) = number(value) else {
@@ -149,19 +104,11 @@ impl<'a> Reader<'a> {
         let Some(value) = self.take(key) else {
             return default;
         };
-        let expected = format!(
-            "give two numbers {} in brackets, such as {default:?}",
-            described(&range)
-        );
-        let numbers: Option<Vec<f64>> = value
-            .as_array()
-            .and_then(|array| array.iter().map(number).collect());
+        let expected = format!("give two numbers {} in brackets, such as {default:?}", described(&range));
+        let numbers: Option<Vec<f64>> = value.as_array().and_then(|array| array.iter().map(number).collect());
         match numbers.as_deref() {
             Some(&[first, second]) => {
-                if [first, second]
-                    .iter()
-                    .all(|number| number.is_finite() && range.contains(number))
-                {
+                if [first, second].iter().all(|number| number.is_finite() && range.contains(number)) {
                     return [first, second];
                 }
                 self.refuse(key, "is out of range", expected);
@@ -175,16 +122,12 @@ impl<'a> Reader<'a> {
         match self.take(key) {
             None => default,
             Some(Value::Boolean(value)) => *value,
-            Some(other) => self
-                .wrong_type(key, other, "true or false", "write true or false")
-                .unwrap_or(default),
+            Some(other) => self.wrong_type(key, other, "true or false", "write true or false").unwrap_or(default),
         }
     }
 
     pub(crate) fn text(&mut self, key: &'static str, default: &str) -> String {
-        let text = self
-            .optional_text(key)
-            .unwrap_or_else(|| default.to_owned());
+        let text = self.optional_text(key).unwrap_or_else(|| default.to_owned());
         if text.is_empty() && self.given(key) && self.sound(&[key]) {
             self.refuse(key, "is empty", "give a name or leave the key out");
         }
@@ -203,27 +146,15 @@ impl<'a> Reader<'a> {
     }
 
     /// One of a few words.
-    pub(crate) fn choice<T: Copy>(
-        &mut self,
-        key: &'static str,
-        choices: &[(&str, T)],
-        default: T,
-    ) -> T {
+    pub(crate) fn choice<T: Copy>(&mut self, key: &'static str, choices: &[(&str, T)], default: T) -> T {
         let Some(text) = self.optional_text(key) else {
             return default;
         };
         if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == text) {
             return *choice;
         }
-        let names: Vec<String> = choices
-            .iter()
-            .map(|(name, _)| format!("\"{name}\""))
-            .collect();
-        self.refuse(
-            key,
-            "is not one of the choices",
-            format!("use {}", names.join(" or ")),
-        );
+        let names: Vec<String> = choices.iter().map(|(name, _)| format!("\"{name}\"")).collect();
+        self.refuse(key, "is not one of the choices", format!("use {}", names.join(" or ")));
         default
     }
 
@@ -240,82 +171,45 @@ impl<'a> Reader<'a> {
         let mut strays = Vec::new();
         self.collect_strays("", self.root, &mut strays);
         for (key, value) in strays {
-            let (problem, advice) = match (
-                self.is_section(&key),
-                nearest(&key, &self.candidates(value)),
-            ) {
-                (true, _) => (
-                    format!("is {}, not a section", kind(value)),
-                    format!("write a table [{key}]"),
-                ),
-                (_, Some(near)) => (
-                    "is not a known key".to_owned(),
-                    format!("did you mean `{near}`?"),
-                ),
-                (_, None) => (
-                    "is not a known key".to_owned(),
-                    "remove it; the user guide lists all keys".to_owned(),
-                ),
+            let (problem, advice) = match (self.is_section(&key), nearest(&key, &self.candidates(value))) {
+                (true, _) => (format!("is {}, not a section", kind(value)), format!("write a table [{key}]")),
+                (_, Some(near)) => ("is not a known key".to_owned(), format!("did you mean `{near}`?")),
+                (_, None) => ("is not a known key".to_owned(), "remove it; the user guide lists all keys".to_owned()),
             };
             // Values of unknown keys are not shown: they may be secrets that were put into the wrong place.
             let origin = self.origin(&key);
-            self.mistakes.push(Mistake {
-                origin,
-                key,
-                found: None,
-                problem,
-                advice,
-            });
+            self.mistakes.push(Mistake { origin, key, found: None, problem, advice });
         }
         self.mistakes
     }
 
     /// Every value, as deep as the sections are known, that nobody asked for.
-    fn collect_strays(
-        &self,
-        prefix: &str,
-        table: &'a Table,
-        strays: &mut Vec<(String, &'a Value)>,
-    ) {
+    fn collect_strays(&self, prefix: &str, table: &'a Table, strays: &mut Vec<(String, &'a Value)>) {
         for (name, value) in table {
             let key = format!("{prefix}{name}");
             match value {
                 _ if self.known.contains(key.as_str()) => {}
-                Value::Table(inner) if self.is_section(&key) => {
-                    self.collect_strays(&format!("{key}."), inner, strays)
-                }
+                Value::Table(inner) if self.is_section(&key) => self.collect_strays(&format!("{key}."), inner, strays),
                 _ => strays.push((key, value)),
             }
         }
     }
 
     fn is_section(&self, key: &str) -> bool {
-        self.known.iter().any(|known| {
-            known
-                .strip_prefix(key)
-                .is_some_and(|rest| rest.starts_with('.'))
-        })
+        self.known.iter().any(|known| known.strip_prefix(key).is_some_and(|rest| rest.starts_with('.')))
     }
 
     /// What an unknown key may have been meant to be: a section if it holds keys itself, else a key.
     fn candidates(&self, value: &Value) -> BTreeSet<&'static str> {
         match value {
-            Value::Table(_) => self
-                .known
-                .iter()
-                .filter_map(|key| Some(key.rsplit_once('.')?.0))
-                .collect(),
+            Value::Table(_) => self.known.iter().filter_map(|key| Some(key.rsplit_once('.')?.0)).collect(),
             _ => self.known.clone(),
         }
     }
 
     fn origin(&self, key: &str) -> String {
-        let within = |applied: &String| {
-            applied == key
-                || applied
-                    .strip_prefix(key)
-                    .is_some_and(|rest| rest.starts_with('.'))
-        };
+        let within =
+            |applied: &String| applied == key || applied.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
         match self.applied.keys().any(within) {
             true => "--set".to_owned(),
             false => self.file.clone(),
@@ -327,13 +221,7 @@ impl<'a> Reader<'a> {
         find(self.root, key)
     }
 
-    fn wrong_type<T>(
-        &mut self,
-        key: &str,
-        found: &Value,
-        wanted: &str,
-        expected: &str,
-    ) -> Option<T> {
+    fn wrong_type<T>(&mut self, key: &str, found: &Value, wanted: &str, expected: &str) -> Option<T> {
         self.refuse(key, format!("is {}, not {wanted}", kind(found)), expected);
         None
     }
@@ -388,11 +276,7 @@ fn described(range: &impl RangeBounds<f64>) -> String {
     };
     let low = side(range.start_bound(), "of at least", "above");
     let high = side(range.end_bound(), "at most", "below");
-    [low, high]
-        .into_iter()
-        .flatten()
-        .collect::<Vec<_>>()
-        .join(" and ")
+    [low, high].into_iter().flatten().collect::<Vec<_>>().join(" and ")
 }
 
 fn compact(number: impl Debug) -> String {

@@ -41,16 +41,11 @@ const FREE: [&str; 10] = [
 /// before a config is recorded, so that "as the data set says" and the same number written out are equal.
 pub fn changed_experiment_keys(old: &Value, new: &Value) -> Vec<KeyChange> {
     let decays = [old, new].iter().any(|config| {
-        config
-            .pointer("/optimizer/decay")
-            .and_then(Value::as_str)
-            .is_some_and(|decay| decay != "constant")
+        config.pointer("/optimizer/decay").and_then(Value::as_str).is_some_and(|decay| decay != "constant")
     });
     let free = |key: &str| {
         (key == "train.steps" && !decays)
-            || FREE
-                .iter()
-                .any(|free| key == *free || (free.ends_with('.') && key.starts_with(free)))
+            || FREE.iter().any(|free| key == *free || (free.ends_with('.') && key.starts_with(free)))
     };
     let mut changes = Vec::new();
     compare("", old, new, &mut changes);
@@ -61,21 +56,13 @@ pub fn changed_experiment_keys(old: &Value, new: &Value) -> Vec<KeyChange> {
 fn compare(key: &str, old: &Value, new: &Value, changes: &mut Vec<KeyChange>) {
     let (Some(old_keys), Some(new_keys)) = (as_section(old), as_section(new)) else {
         if !same(old, new) {
-            changes.push(KeyChange {
-                key: key.to_owned(),
-                old: old.clone(),
-                new: new.clone(),
-            });
+            changes.push(KeyChange { key: key.to_owned(), old: old.clone(), new: new.clone() });
         }
         return;
     };
     let names: std::collections::BTreeSet<&String> = old_keys.chain(new_keys).collect();
     for name in names {
-        let child = if key.is_empty() {
-            name.clone()
-        } else {
-            format!("{key}.{name}")
-        };
+        let child = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
         compare(&child, &old[name.as_str()], &new[name.as_str()], changes);
     }
 }
@@ -92,15 +79,11 @@ fn as_section(value: &Value) -> Option<Box<dyn Iterator<Item = &String> + '_>> {
 /// bit of a float may differ.
 fn same(old: &Value, new: &Value) -> bool {
     match (old, new) {
-        (Value::Number(a), Value::Number(b)) if a.is_f64() || b.is_f64() => {
-            match (a.as_f64(), b.as_f64()) {
-                (Some(a), Some(b)) => (a - b).abs() <= 4.0 * f64::EPSILON * a.abs().max(b.abs()),
-                _ => false,
-            }
-        }
-        (Value::Array(a), Value::Array(b)) => {
-            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b))
-        }
+        (Value::Number(a), Value::Number(b)) if a.is_f64() || b.is_f64() => match (a.as_f64(), b.as_f64()) {
+            (Some(a), Some(b)) => (a - b).abs() <= 4.0 * f64::EPSILON * a.abs().max(b.abs()),
+            _ => false,
+        },
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
         _ => old == new,
     }
 }
@@ -128,46 +111,25 @@ mod tests {
         if let Some(slot) = new.pointer_mut(pointer) {
             *slot = value;
         }
-        changed_experiment_keys(&config(), &new)
-            .into_iter()
-            .map(|change| change.key)
-            .collect()
+        changed_experiment_keys(&config(), &new).into_iter().map(|change| change.key).collect()
     }
 
     #[test]
     fn place_length_and_reporting_may_change() {
-        for pointer in [
-            "/run/url",
-            "/data/url",
-            "/sample/every_steps",
-            "/log/every_steps",
-            "/cluster/nodes",
-        ] {
+        for pointer in ["/run/url", "/data/url", "/sample/every_steps", "/log/every_steps", "/cluster/nodes"] {
             assert_eq!(changed(pointer, json!(7)), [""; 0], "{pointer}");
         }
         assert_eq!(changed("/train/steps", json!(7)), [""; 0]);
         assert_eq!(changed("/model/preset", json!(null)), [""; 0]);
-        assert_eq!(
-            changed("/optimizer/lr", json!(0.00010000000000000002)),
-            [""; 0]
-        );
+        assert_eq!(changed("/optimizer/lr", json!(0.00010000000000000002)), [""; 0]);
     }
 
     #[test]
     fn everything_else_is_named() {
         assert_eq!(changed("/optimizer/lr", json!(2e-4)), ["optimizer.lr"]);
-        assert_eq!(
-            changed("/optimizer/betas", json!([0.9, 0.99])),
-            ["optimizer.betas"]
-        );
-        assert_eq!(
-            changed("/data/columns/id", json!("key")),
-            ["data.columns.id"]
-        );
-        assert_eq!(
-            changed("/model/num_classes", json!(10)),
-            ["model.num_classes"]
-        );
+        assert_eq!(changed("/optimizer/betas", json!([0.9, 0.99])), ["optimizer.betas"]);
+        assert_eq!(changed("/data/columns/id", json!("key")), ["data.columns.id"]);
+        assert_eq!(changed("/model/num_classes", json!(10)), ["model.num_classes"]);
         // Neighbours that one and the same float would stand for.
         assert_eq!(changed("/seed", json!(9007199254740992u64)), ["seed"]);
     }
@@ -179,18 +141,8 @@ mod tests {
         let mut new = old.clone();
         new["train"]["steps"] = json!(200);
         let changes = changed_experiment_keys(&old, &new);
-        assert_eq!(
-            changes,
-            [KeyChange {
-                key: "train.steps".into(),
-                old: json!(100),
-                new: json!(200)
-            }]
-        );
-        assert_eq!(
-            changes[0].to_string(),
-            "`train.steps` was 100 and is now 200"
-        );
+        assert_eq!(changes, [KeyChange { key: "train.steps".into(), old: json!(100), new: json!(200) }]);
+        assert_eq!(changes[0].to_string(), "`train.steps` was 100 and is now 200");
     }
 
     #[test]
@@ -198,10 +150,7 @@ mod tests {
         let mut new = config();
         new["train"]["extra"] = json!(1);
         new["ema"] = json!({"decay": 0.9});
-        let keys: Vec<String> = changed_experiment_keys(&config(), &new)
-            .into_iter()
-            .map(|c| c.key)
-            .collect();
+        let keys: Vec<String> = changed_experiment_keys(&config(), &new).into_iter().map(|c| c.key).collect();
         assert_eq!(keys, ["ema", "train.extra"]);
     }
 }

@@ -100,10 +100,13 @@ fn section<'a>(text: &'a str, path: &Path) -> &'a str {
     text[start..].split("\n\n").next().unwrap()
 }
 
+/// A bundle, what its failure must name, and the damage.
+type Case<'a> = (&'a str, &'a str, &'a dyn Fn(&mut Parts));
+
 /// Damages files, verifies them in one run, and looks for a line with FAIL and the given text in each one's section.
-fn assert_all_fail(cases: &[(&str, &str, &dyn Fn(&mut Parts))]) {
+fn assert_all_fail(cases: &[Case]) {
     let folder = tempfile::tempdir().unwrap();
-    let path = |(index, (file, _, damage)): (usize, &(&str, &str, &dyn Fn(&mut Parts)))| {
+    let path = |(index, (file, _, damage)): (usize, &Case)| {
         damaged(&folder.path().join(index.to_string()), &format!("{file}.safetensors"), damage)
     };
     let files: Vec<PathBuf> = cases.iter().enumerate().map(path).collect();

@@ -85,7 +85,8 @@ impl Recipe {
     pub fn resolve(config: &RunConfig, meta: &DatasetMeta, scaling_factor: f64) -> Result<Self, RecipeError> {
         let mut problems = Vec::new();
         let [channels, height, width] = meta.latent_shape[..] else {
-            let problem = format!("the data set's latents have shape {:?}; expected [channels, side, side]", meta.latent_shape);
+            let problem =
+                format!("the data set's latents have shape {:?}; expected [channels, side, side]", meta.latent_shape);
             return Err(RecipeError::Contradiction(vec![problem]));
         };
         if height != width {
@@ -93,7 +94,9 @@ impl Recipe {
         }
         let mut settle = |key: &str, wanted: Option<usize>, found: Option<usize>| match (wanted, found) {
             (Some(wanted), Some(found)) if wanted != found => {
-                problems.push(format!("`model.{key}` = {wanted}, but the data set has {found}; remove the key or change it"));
+                problems.push(format!(
+                    "`model.{key}` = {wanted}, but the data set has {found}; remove the key or change it"
+                ));
                 found as i64
             }
             (None, None) => {

@@ -5,12 +5,7 @@ use checkpoint::{CheckpointError, Manifest};
 use std::fs;
 
 fn objects(manifest: &Manifest) -> Vec<String> {
-    manifest
-        .shards
-        .iter()
-        .map(|shard| shard.key.clone())
-        .chain([manifest.key()])
-        .collect()
+    manifest.shards.iter().map(|shard| shard.key.clone()).chain([manifest.key()]).collect()
 }
 
 /// Runs `damage` on each object of the newest of two checkpoints in turn and restores it afterwards.
@@ -87,35 +82,21 @@ fn when_all_are_damaged_the_run_does_not_start_from_nothing() {
         fs::remove_file(run.path.join(&manifest.shards[1].key)).unwrap();
     }
     let error = run.store.newest_valid().unwrap_err();
-    assert!(
-        matches!(&error, CheckpointError::AllDamaged { damaged, .. } if damaged.len() == 2),
-        "{error}"
-    );
-    assert!(
-        error.to_string().contains("step 20") && error.to_string().contains("shard-00001-of-00002"),
-        "{error}"
-    );
+    assert!(matches!(&error, CheckpointError::AllDamaged { damaged, .. } if damaged.len() == 2), "{error}");
+    assert!(error.to_string().contains("step 20") && error.to_string().contains("shard-00001-of-00002"), "{error}");
 }
 
 #[test]
 fn reads_verify_every_chunk_they_touch_and_touch_no_other() {
     let run = file_run();
     let attempt = claim(&run.store, None);
-    let manifest = run
-        .store
-        .commit(content(
-            attempt,
-            5,
-            write_all(&run.store, attempt, 5, 1, TENSORS),
-        ))
-        .unwrap();
+    let manifest = run.store.commit(content(attempt, 5, write_all(&run.store, attempt, 5, 1, TENSORS))).unwrap();
     let key = &manifest.shards[0].key;
     let original = fs::read(run.path.join(key)).unwrap();
     let big = &manifest.tensors["model/big"].slices[0];
     assert_eq!(manifest.shards[0].sha256.len(), 3);
     // Elements whose bytes begin in each of the three chunks.
-    let in_chunk =
-        |chunk: u64| ((chunk << 22) + (1 << 20)).saturating_sub(big.offset_bytes) as usize / 4;
+    let in_chunk = |chunk: u64| ((chunk << 22) + (1 << 20)).saturating_sub(big.offset_bytes) as usize / 4;
     for bad_chunk in 0..3u64 {
         let mut bytes = original.clone();
         // The chunk's last byte: in the last chunk, that is the end of a tensor nobody reads here.
@@ -124,15 +105,11 @@ fn reads_verify_every_chunk_they_touch_and_touch_no_other() {
         fs::write(run.path.join(key), bytes).unwrap();
         for chunk in 0..3u64 {
             let start = in_chunk(chunk).min(1500 * 1501 - 10);
-            let result = run
-                .store
-                .read(&manifest)
-                .read_f32("model/big", start..start + 10);
+            let result = run.store.read(&manifest).read_f32("model/big", start..start + 10);
             match result {
-                Err(error) => assert!(
-                    chunk == bad_chunk && error.is_damage() && error.to_string().contains(key),
-                    "{error}"
-                ),
+                Err(error) => {
+                    assert!(chunk == bad_chunk && error.is_damage() && error.to_string().contains(key), "{error}")
+                }
                 Ok(values) => {
                     assert_ne!(chunk, bad_chunk);
                     assert_eq!(values[3], value(1, start + 3, 5));
@@ -148,36 +125,15 @@ fn weights_are_read_though_the_optimizer_state_is_gone() {
     let run = file_run();
     let attempt = claim(&run.store, None);
     let write = |rank, tensors: &[(&str, &[usize])]| {
-        let data: Vec<Vec<f32>> = tensors
-            .iter()
-            .enumerate()
-            .map(|(i, (_, shape))| values(i, shape, 5))
-            .collect();
+        let data: Vec<Vec<f32>> = tensors.iter().enumerate().map(|(i, (_, shape))| values(i, shape, 5)).collect();
         let slices: Vec<_> = tensors
             .iter()
             .zip(&data)
-            .map(|((name, shape), data)| checkpoint::Slice {
-                name,
-                shape,
-                start_numel: 0,
-                data,
-            })
+            .map(|((name, shape), data)| checkpoint::Slice { name, shape, start_numel: 0, data })
             .collect();
-        run.store
-            .write_shard(
-                &checkpoint::ShardId {
-                    attempt,
-                    step: 5,
-                    rank,
-                    world_size: 2,
-                },
-                &slices,
-            )
-            .unwrap()
+        run.store.write_shard(&checkpoint::ShardId { attempt, step: 5, rank, world_size: 2 }, &slices).unwrap()
     };
-    let (weights, optimizer): (Vec<_>, Vec<_>) = small()
-        .into_iter()
-        .partition(|(name, _)| !name.starts_with("adamw/"));
+    let (weights, optimizer): (Vec<_>, Vec<_>) = small().into_iter().partition(|(name, _)| !name.starts_with("adamw/"));
     let shards = vec![write(0, &weights), write(1, &optimizer)];
     let manifest = run.store.commit(content(attempt, 5, shards)).unwrap();
     fs::remove_file(run.path.join(&manifest.shards[1].key)).unwrap();

@@ -5,12 +5,7 @@ use checkpoint::{AttemptInfo, CheckpointError, RunStore};
 use std::{collections::BTreeSet, fs};
 
 fn steps(store: &RunStore) -> Vec<(u64, u32)> {
-    store
-        .committed()
-        .unwrap()
-        .iter()
-        .map(|commit| (commit.step, commit.attempt))
-        .collect()
+    store.committed().unwrap().iter().map(|commit| (commit.step, commit.attempt)).collect()
 }
 
 #[test]
@@ -18,10 +13,7 @@ fn attempts_are_numbered_and_recorded() {
     for store in [memory_run(), file_run().store] {
         assert_eq!((claim(&store, None), claim(&store, Some(5))), (1, 2));
         let record = store.attempt(2).unwrap();
-        assert_eq!(
-            (record.attempt, record.resumed_from, record.world_size),
-            (2, Some(5), 2)
-        );
+        assert_eq!((record.attempt, record.resumed_from, record.world_size), (2, Some(5), 2));
     }
 }
 
@@ -31,15 +23,9 @@ fn of_many_claims_at_once_each_gets_its_own_number() {
     for store in [&memory_run(), &run.store] {
         let claimed: Vec<u32> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| claim(store, None))).collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap())
-                .collect()
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        assert_eq!(
-            claimed.iter().copied().collect::<BTreeSet<u32>>(),
-            (1..=8).collect()
-        );
+        assert_eq!(claimed.iter().copied().collect::<BTreeSet<u32>>(), (1..=8).collect());
     }
 }
 
@@ -50,10 +36,7 @@ fn newest_first_by_number_not_by_text() {
     for step in [5, 2_000_000_000, 999_999_999] {
         save(&store, attempt, step);
     }
-    assert_eq!(
-        steps(&store),
-        [(2_000_000_000, 1), (999_999_999, 1), (5, 1)]
-    );
+    assert_eq!(steps(&store), [(2_000_000_000, 1), (999_999_999, 1), (5, 1)]);
 }
 
 #[test]
@@ -85,8 +68,7 @@ fn an_old_attempt_that_wakes_up_is_told_to_stop() {
     let second = claim(&store, Some(10));
     let error = store.commit(content(first, 20, shards)).unwrap_err();
     assert!(
-        matches!(error, CheckpointError::Fenced { attempt: 1, .. })
-            && error.to_string().contains("attempt 2"),
+        matches!(error, CheckpointError::Fenced { attempt: 1, .. }) && error.to_string().contains("attempt 2"),
         "{error}"
     );
     assert_eq!(steps(&store), [(10, 1)]);
@@ -137,19 +119,11 @@ fn manifests_make_up_for_lost_and_damaged_attempt_records() {
     let expected = vec![(15, 2), (10, 1)];
     let record = run.path.join("attempts/0002.json");
     let text = fs::read_to_string(&record).unwrap();
-    fs::write(
-        &record,
-        text.replace("\"resumed_from\":10", "\"resumed_from\":99"),
-    )
-    .unwrap();
+    fs::write(&record, text.replace("\"resumed_from\":10", "\"resumed_from\":99")).unwrap();
     assert_eq!(steps(&run.store), expected);
     fs::remove_dir_all(run.path.join("attempts")).unwrap();
     assert_eq!(steps(&run.store), expected);
-    assert_eq!(
-        claim(&run.store, Some(15)),
-        3,
-        "the numbers of committed attempts are taken"
-    );
+    assert_eq!(claim(&run.store, Some(15)), 3, "the numbers of committed attempts are taken");
 }
 
 #[test]
@@ -158,16 +132,10 @@ fn committing_the_same_again_is_success_and_other_content_is_not() {
     let attempt = claim(&store, None);
     let shards = write_all(&store, attempt, 10, 2, &small());
     let manifest = store.commit(content(attempt, 10, shards.clone())).unwrap();
-    assert_eq!(
-        store.commit(content(attempt, 10, shards.clone())).unwrap(),
-        manifest
-    );
+    assert_eq!(store.commit(content(attempt, 10, shards.clone())).unwrap(), manifest);
     let mut other = content(attempt, 10, shards);
     other.optimizer_step = 9;
-    assert!(matches!(
-        store.commit(other),
-        Err(CheckpointError::Fenced { .. })
-    ));
+    assert!(matches!(store.commit(other), Err(CheckpointError::Fenced { .. })));
     assert_eq!(store.newest_valid().unwrap().unwrap().0, manifest);
 }
 
@@ -186,13 +154,7 @@ fn two_holders_of_one_number_are_noticed() {
     let attempt = claim(&run.store, None);
     let other = RunStore::open(run.path.to_str().unwrap()).unwrap();
     fs::remove_file(run.path.join("attempts/0001.json")).unwrap();
-    assert_eq!(
-        other.claim_attempt(&AttemptInfo::default()).unwrap(),
-        attempt
-    );
-    assert!(matches!(
-        try_save(&run.store, attempt, 10),
-        Err(CheckpointError::Fenced { .. })
-    ));
+    assert_eq!(other.claim_attempt(&AttemptInfo::default()).unwrap(), attempt);
+    assert!(matches!(try_save(&run.store, attempt, 10), Err(CheckpointError::Fenced { .. })));
     save(&other, attempt, 20);
 }

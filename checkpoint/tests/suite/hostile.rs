@@ -16,13 +16,7 @@ fn with_manifest(edit: impl FnOnce(&mut Value)) -> Result<(Option<u64>, String),
     fs::write(&path, sealed(manifest)).unwrap();
     run.store.newest_valid().map(|found| {
         let (manifest, damaged) = found.unwrap();
-        (
-            Some(manifest.step),
-            damaged
-                .first()
-                .map(|d| d.reason.clone())
-                .unwrap_or_default(),
-        )
+        (Some(manifest.step), damaged.first().map(|d| d.reason.clone()).unwrap_or_default())
     })
 }
 
@@ -30,109 +24,59 @@ fn sealed(mut object: Value) -> String {
     object.as_object_mut().unwrap().remove("sha256");
     let mut text = object.to_string();
     text.pop();
-    format!(
-        "{text},\"sha256\":\"{}\"}}\n",
-        Sha256Digest::of(text.as_bytes())
-    )
+    format!("{text},\"sha256\":\"{}\"}}\n", Sha256Digest::of(text.as_bytes()))
 }
 
 #[test]
 fn the_test_itself_makes_manifests_that_are_accepted() {
     assert_eq!(with_manifest(|_| {}).unwrap(), (Some(20), String::new()));
     // Members that this version does not know are passed over.
-    assert_eq!(
-        with_manifest(|m| m["remark"] = json!("hello")).unwrap().0,
-        Some(20)
-    );
+    assert_eq!(with_manifest(|m| m["remark"] = json!("hello")).unwrap().0, Some(20));
 }
 
 #[test]
 fn untrusted_numbers_and_paths_are_refused_with_their_names() {
     type Edit = fn(&mut Value);
     let cases: &[(&str, Edit)] = &[
+        ("leads elsewhere", |m| m["shards"][0]["key"] = json!("../../etc/passwd")),
+        ("leads elsewhere", |m| m["shards"][0]["key"] = json!("/etc/passwd")),
+        ("leads elsewhere", |m| m["shards"][0]["key"] = json!("checkpoints/step-000000020/../../secret")),
         ("leads elsewhere", |m| {
-            m["shards"][0]["key"] = json!("../../etc/passwd")
+            m["shards"][0]["key"] = json!("checkpoints/step-000000010/attempt-0001/shard-00000-of-00002.safetensors")
         }),
-        ("leads elsewhere", |m| {
-            m["shards"][0]["key"] = json!("/etc/passwd")
-        }),
-        ("leads elsewhere", |m| {
-            m["shards"][0]["key"] = json!("checkpoints/step-000000020/../../secret")
-        }),
-        ("leads elsewhere", |m| {
-            m["shards"][0]["key"] =
-                json!("checkpoints/step-000000010/attempt-0001/shard-00000-of-00002.safetensors")
-        }),
-        ("leads elsewhere", |m| {
-            m["shards"][0]["key"] = json!("checkpoints/step-000000020//x")
-        }),
-        ("leads elsewhere", |m| {
-            m["shards"][0]["key"] = json!("checkpoints/step-000000020/a\\..\\b")
-        }),
-        ("twice", |m| {
-            m["shards"][0]["key"] = m["shards"][1]["key"].clone()
-        }),
-        ("chunk digests", |m| {
-            m["shards"][0]["bytes"] = json!(u64::MAX)
-        }),
+        ("leads elsewhere", |m| m["shards"][0]["key"] = json!("checkpoints/step-000000020//x")),
+        ("leads elsewhere", |m| m["shards"][0]["key"] = json!("checkpoints/step-000000020/a\\..\\b")),
+        ("twice", |m| m["shards"][0]["key"] = m["shards"][1]["key"].clone()),
+        ("chunk digests", |m| m["shards"][0]["bytes"] = json!(u64::MAX)),
         ("chunk digests", |m| m["shards"][0]["sha256"] = json!([])),
         ("chunk_bytes", |m| m["chunk_bytes"] = json!(0)),
         ("chunk_bytes", |m| m["chunk_bytes"] = json!(u64::MAX)),
         ("chunk_bytes", |m| m["chunk_bytes"] = json!(4097)),
-        ("memory can address", |m| {
-            m["tensors"]["ema/blocks.0.w"]["shape"] = json!([u64::MAX, 2])
-        }),
-        ("memory can address", |m| {
-            m["tensors"]["ema/blocks.0.w"]["shape"] = json!([1u64 << 62])
-        }),
-        ("`ema/blocks.0.w`", |m| {
-            m["tensors"]["ema/blocks.0.w"]["shape"] = json!([43])
-        }),
-        ("`ema/blocks.0.w`", |m| {
-            m["tensors"]["ema/blocks.0.w"]["shape"] = json!([41])
-        }),
-        ("`ema/blocks.0.w`", |m| {
-            m["tensors"]["ema/blocks.0.w"]["slices"] = json!([])
-        }),
-        ("`ema/blocks.0.w`", |m| {
-            m["tensors"]["ema/blocks.0.w"]["slices"][0]["offset_bytes"] = json!(u64::MAX - 3)
-        }),
-        ("`ema/blocks.0.w`", |m| {
-            m["tensors"]["ema/blocks.0.w"]["slices"][0]["offset_bytes"] = json!(1)
-        }),
-        ("`ema/blocks.0.w`", |m| {
-            m["tensors"]["ema/blocks.0.w"]["slices"][0]["offset_bytes"] = json!(1_000_000)
-        }),
-        ("in shard 9", |m| {
-            m["tensors"]["ema/blocks.0.w"]["slices"][0]["shard"] = json!(9)
-        }),
-        ("`ema/blocks.0.w`", |m| {
-            m["tensors"]["ema/blocks.0.w"]["slices"][0]["end_numel"] = json!(u64::MAX)
-        }),
+        ("memory can address", |m| m["tensors"]["ema/blocks.0.w"]["shape"] = json!([u64::MAX, 2])),
+        ("memory can address", |m| m["tensors"]["ema/blocks.0.w"]["shape"] = json!([1u64 << 62])),
+        ("`ema/blocks.0.w`", |m| m["tensors"]["ema/blocks.0.w"]["shape"] = json!([43])),
+        ("`ema/blocks.0.w`", |m| m["tensors"]["ema/blocks.0.w"]["shape"] = json!([41])),
+        ("`ema/blocks.0.w`", |m| m["tensors"]["ema/blocks.0.w"]["slices"] = json!([])),
+        ("`ema/blocks.0.w`", |m| m["tensors"]["ema/blocks.0.w"]["slices"][0]["offset_bytes"] = json!(u64::MAX - 3)),
+        ("`ema/blocks.0.w`", |m| m["tensors"]["ema/blocks.0.w"]["slices"][0]["offset_bytes"] = json!(1)),
+        ("`ema/blocks.0.w`", |m| m["tensors"]["ema/blocks.0.w"]["slices"][0]["offset_bytes"] = json!(1_000_000)),
+        ("in shard 9", |m| m["tensors"]["ema/blocks.0.w"]["slices"][0]["shard"] = json!(9)),
+        ("`ema/blocks.0.w`", |m| m["tensors"]["ema/blocks.0.w"]["slices"][0]["end_numel"] = json!(u64::MAX)),
         ("overlap", |m| {
-            let slices = m["tensors"]["ema/blocks.0.w"]["slices"]
-                .as_array_mut()
-                .unwrap();
+            let slices = m["tensors"]["ema/blocks.0.w"]["slices"].as_array_mut().unwrap();
             slices.push(slices[0].clone());
         }),
         ("more than its bytes", |m| {
             // One element again and again: so a small store could make a reader allocate without end.
             let slice = m["tensors"]["model/scale"]["slices"][0].clone();
             let again = |i: u64| json!({"shard": slice["shard"], "offset_bytes": slice["offset_bytes"], "start_numel": i, "end_numel": i + 1});
-            m["tensors"]["model/scale"] = json!({"dtype": "F32", "shape": [5000], "slices": (0..5000).map(again).collect::<Vec<_>>()});
+            m["tensors"]["model/scale"] =
+                json!({"dtype": "F32", "shape": [5000], "slices": (0..5000).map(again).collect::<Vec<_>>()});
         }),
-        ("no shard holds elements 0 to 1", |m| {
-            m["tensors"]["ema/blocks.0.w"]["slices"][0]["start_numel"] = json!(1)
-        }),
-        ("not a tensor name", |m| {
-            m["tensors"]["a\u{7}"] = m["tensors"]["ema/blocks.0.w"].clone()
-        }),
-        ("JSON", |m| {
-            m["tensors"]["ema/blocks.0.w"]["dtype"] = json!("F33")
-        }),
-        ("JSON", |m| {
-            m["tensors"]["ema/blocks.0.w"]["shape"] = json!([-1])
-        }),
+        ("no shard holds elements 0 to 1", |m| m["tensors"]["ema/blocks.0.w"]["slices"][0]["start_numel"] = json!(1)),
+        ("not a tensor name", |m| m["tensors"]["a\u{7}"] = m["tensors"]["ema/blocks.0.w"].clone()),
+        ("JSON", |m| m["tensors"]["ema/blocks.0.w"]["dtype"] = json!("F33")),
+        ("JSON", |m| m["tensors"]["ema/blocks.0.w"]["shape"] = json!([-1])),
         ("JSON", |m| m["shards"] = json!(7)),
         ("step 20", |m| m["step"] = json!(19)),
         ("format", |m| m["format"] = json!("another")),
@@ -142,10 +86,7 @@ fn untrusted_numbers_and_paths_are_refused_with_their_names() {
             Ok((step, reason)) => {
                 assert_eq!(step, Some(10), "{word}: accepted");
                 let named = reason.contains(word) || *word == "step 20";
-                assert!(
-                    named && reason.contains("manifest-0001.json"),
-                    "expected `{word}` in: {reason}"
-                );
+                assert!(named && reason.contains("manifest-0001.json"), "expected `{word}` in: {reason}");
             }
             Err(error) => panic!("{word}: {error}"),
         }
@@ -158,38 +99,17 @@ fn a_manifest_that_did_not_come_from_the_store_is_checked_too() {
     let attempt = claim(&store, None);
     let mut manifest = save(&store, attempt, 10);
     manifest.tensors.get_mut("ema/blocks.0.w").unwrap().slices[0].shard = 9;
-    assert!(matches!(
-        store.verify(&manifest),
-        Err(CheckpointError::Damaged { .. })
-    ));
-    assert!(matches!(
-        store.read(&manifest).read_all_f32("ema/blocks.0.w"),
-        Err(CheckpointError::Damaged { .. })
-    ));
+    assert!(matches!(store.verify(&manifest), Err(CheckpointError::Damaged { .. })));
+    assert!(matches!(store.read(&manifest).read_all_f32("ema/blocks.0.w"), Err(CheckpointError::Damaged { .. })));
 }
 
 #[test]
 fn the_future_is_refused_politely_and_never_fallen_back_from() {
-    let error = with_manifest(|m| {
-        *m = json!({"format": "ditharos-checkpoint", "version": 2, "tensors": "otherwise"})
-    })
-    .unwrap_err();
-    assert!(
-        matches!(
-            error,
-            CheckpointError::UnknownVersion {
-                found: 2,
-                supported: 1,
-                ..
-            }
-        ),
-        "{error}"
-    );
+    let error = with_manifest(|m| *m = json!({"format": "ditharos-checkpoint", "version": 2, "tensors": "otherwise"}))
+        .unwrap_err();
+    assert!(matches!(error, CheckpointError::UnknownVersion { found: 2, supported: 1, .. }), "{error}");
     let text = error.to_string();
-    assert!(
-        text.contains("manifest-0001.json") && text.contains("newer"),
-        "{text}"
-    );
+    assert!(text.contains("manifest-0001.json") && text.contains("newer"), "{text}");
 }
 
 #[test]
@@ -197,13 +117,7 @@ fn a_newer_attempt_record_stops_an_older_program() {
     let run = file_run();
     let attempt = claim(&run.store, None);
     save(&run.store, attempt, 10);
-    fs::write(
-        run.path.join("attempts/0002.json"),
-        sealed(json!({"format": "ditharos-attempt", "version": 2})),
-    )
-    .unwrap();
-    assert!(matches!(
-        run.store.committed(),
-        Err(CheckpointError::UnknownVersion { .. })
-    ));
+    fs::write(run.path.join("attempts/0002.json"), sealed(json!({"format": "ditharos-attempt", "version": 2})))
+        .unwrap();
+    assert!(matches!(run.store.committed(), Err(CheckpointError::UnknownVersion { .. })));
 }

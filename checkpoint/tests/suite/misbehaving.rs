@@ -6,9 +6,8 @@ use bytes::Bytes;
 use checkpoint::{CheckpointError, RunStore, StoreOptions};
 use futures::stream::BoxStream;
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta,
-    ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
-    memory::InMemory, path::Path,
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
 };
 use std::{
     collections::VecDeque,
@@ -45,80 +44,39 @@ impl std::fmt::Display for Misbehaving {
 }
 
 fn broken() -> Error {
-    Error::Generic {
-        store: "test",
-        source: "connection to http://me:SECRET@host/x?sig=SECRET reset".into(),
-    }
+    Error::Generic { store: "test", source: "connection to http://me:SECRET@host/x?sig=SECRET reset".into() }
 }
 
 #[async_trait]
 impl ObjectStore for Misbehaving {
-    async fn put_opts(
-        &self,
-        location: &Path,
-        payload: PutPayload,
-        opts: PutOptions,
-    ) -> Result<PutResult> {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         let matching = location.as_ref().contains(&self.on);
-        let fault = if matching {
-            self.faults.lock().unwrap().pop_front()
-        } else {
-            None
-        };
-        let exists = || Error::AlreadyExists {
-            path: location.to_string(),
-            source: "409".into(),
-        };
+        let fault = if matching { self.faults.lock().unwrap().pop_front() } else { None };
+        let exists = || Error::AlreadyExists { path: location.to_string(), source: "409".into() };
         match fault {
             None => self.inner.put_opts(location, payload, opts).await,
-            Some(Fault::ExistsThoughLanded) => self
-                .inner
-                .put_opts(location, payload, opts)
-                .await
-                .and(Err(exists())),
+            Some(Fault::ExistsThoughLanded) => self.inner.put_opts(location, payload, opts).await.and(Err(exists())),
             Some(Fault::ExistsNothingLanded) => Err(exists()),
-            Some(Fault::ErrorThoughLanded) => self
-                .inner
-                .put_opts(location, payload, opts)
-                .await
-                .and(Err(broken())),
+            Some(Fault::ErrorThoughLanded) => self.inner.put_opts(location, payload, opts).await.and(Err(broken())),
             Some(Fault::ErrorNothingLanded) => Err(broken()),
-            Some(Fault::OkNothingLanded) => Ok(PutResult {
-                e_tag: None,
-                version: None,
-                extensions: Default::default(),
-            }),
+            Some(Fault::OkNothingLanded) => {
+                Ok(PutResult { e_tag: None, version: None, extensions: Default::default() })
+            }
             Some(Fault::OthersWonBefore) => {
-                self.inner
-                    .put(location, Bytes::from_static(b"theirs").into())
-                    .await?;
+                self.inner.put(location, Bytes::from_static(b"theirs").into()).await?;
                 self.inner.put_opts(location, payload, opts).await
             }
-            Some(Fault::Denied) => Err(Error::PermissionDenied {
-                path: location.to_string(),
-                source: "403".into(),
-            }),
+            Some(Fault::Denied) => Err(Error::PermissionDenied { path: location.to_string(), source: "403".into() }),
             Some(Fault::Hang) => std::future::pending().await,
         }
     }
-    async fn put_multipart_opts(
-        &self,
-        location: &Path,
-        opts: PutMultipartOptions,
-    ) -> Result<Box<dyn MultipartUpload>> {
+    async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
         self.inner.put_multipart_opts(location, opts).await
     }
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        if self.reads_fail {
-            Err(broken())
-        } else {
-            self.inner.get_opts(location, options).await
-        }
+        if self.reads_fail { Err(broken()) } else { self.inner.get_opts(location, options).await }
     }
-    fn delete_stream(
-        &self,
-        locations: BoxStream<'static, Result<Path>>,
-    ) -> BoxStream<'static, Result<Path>> {
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
         self.inner.delete_stream(locations)
     }
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
@@ -142,17 +100,8 @@ fn run(on: &str, faults: &[Fault]) -> RunStore {
 }
 
 fn over(store: Misbehaving) -> RunStore {
-    let options = StoreOptions {
-        op_timeout: Duration::from_secs(2),
-        ..StoreOptions::default()
-    };
-    RunStore::over(
-        Arc::new(store),
-        "some/prefix",
-        "test://me:SECRET@bucket/run?sig=SECRET",
-        options,
-    )
-    .unwrap()
+    let options = StoreOptions { op_timeout: Duration::from_secs(2), ..StoreOptions::default() };
+    RunStore::over(Arc::new(store), "some/prefix", "test://me:SECRET@bucket/run?sig=SECRET", options).unwrap()
 }
 
 const OBJECTS: [&str; 3] = ["attempts/", "shard-00001", "manifest-"];
@@ -171,10 +120,7 @@ fn wrong_answers_of_a_create_do_not_matter() {
         ] {
             let store = run(on, faults);
             let attempt = claim(&store, None);
-            assert_eq!(
-                attempt, 1,
-                "{on} {faults:?}: the number is ours, not another's"
-            );
+            assert_eq!(attempt, 1, "{on} {faults:?}: the number is ours, not another's");
             save(&store, attempt, 10);
             let (manifest, damaged) = store.newest_valid().unwrap().unwrap();
             assert_eq!((manifest.step, damaged.len()), (10, 0), "{on} {faults:?}");
@@ -195,10 +141,7 @@ fn success_without_an_object_is_tried_again() {
     let store = run("shard-00001", &[Fault::OkNothingLanded]);
     let attempt = claim(&store, None);
     let error = try_save(&store, attempt, 10).unwrap_err();
-    assert!(
-        error.to_string().contains("shard-00001-of-00002"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("shard-00001-of-00002"), "{error}");
     assert_eq!(store.committed().unwrap(), []);
 }
 
@@ -218,37 +161,23 @@ fn other_bytes_under_our_name_fence_us() {
     let store = run("manifest-", &[Fault::OthersWonBefore]);
     let attempt = claim(&store, None);
     let error = try_save(&store, attempt, 10).unwrap_err();
-    assert!(
-        matches!(&error, CheckpointError::Damaged { key, .. } if key.contains("manifest-0001")),
-        "{error}"
-    );
-    assert!(matches!(
-        store.newest_valid(),
-        Err(CheckpointError::AllDamaged { .. })
-    ));
+    assert!(matches!(&error, CheckpointError::Damaged { key, .. } if key.contains("manifest-0001")), "{error}");
+    assert!(matches!(store.newest_valid(), Err(CheckpointError::AllDamaged { .. })));
 }
 
 #[test]
 fn a_store_that_never_answers_fails_in_time_and_by_name() {
-    for (on, fault) in [
-        ("attempts/", Fault::Hang),
-        ("attempts/", Fault::ErrorNothingLanded),
-        ("attempts/", Fault::Denied),
-    ] {
+    for (on, fault) in
+        [("attempts/", Fault::Hang), ("attempts/", Fault::ErrorNothingLanded), ("attempts/", Fault::Denied)]
+    {
         let store = run(on, &[fault; 50]);
         let start = Instant::now();
         let error = store.claim_attempt(&Default::default()).unwrap_err();
         assert!(start.elapsed() < Duration::from_secs(20), "{fault:?}");
         let text = format!("{error} {error:?}");
-        assert!(
-            text.contains("test://bucket/run") && text.contains("attempts/0001.json"),
-            "{text}"
-        );
+        assert!(text.contains("test://bucket/run") && text.contains("attempts/0001.json"), "{text}");
         assert!(!text.contains("SECRET"), "{text}");
-        assert_eq!(
-            matches!(error, CheckpointError::Timeout { .. }),
-            fault == Fault::Hang
-        );
+        assert_eq!(matches!(error, CheckpointError::Timeout { .. }), fault == Fault::Hang);
     }
 }
 
@@ -256,23 +185,14 @@ fn a_store_that_never_answers_fails_in_time_and_by_name() {
 fn a_store_that_cannot_be_read_is_not_a_damaged_checkpoint() {
     let mut store = Misbehaving::default();
     let inner = Arc::new(std::mem::take(&mut store.inner));
-    let writer = RunStore::over(
-        inner.clone(),
-        "some/prefix",
-        "test://x",
-        StoreOptions::default(),
-    )
-    .unwrap();
+    let writer = RunStore::over(inner.clone(), "some/prefix", "test://x", StoreOptions::default()).unwrap();
     let attempt = claim(&writer, None);
     save(&writer, attempt, 10);
     store.inner = inner.fork();
     store.reads_fail = true;
     let reader = over(store);
     let error = reader.newest_valid().unwrap_err();
-    assert!(
-        matches!(error, CheckpointError::Store { .. }),
-        "neither nothing nor damage: {error}"
-    );
+    assert!(matches!(error, CheckpointError::Store { .. }), "neither nothing nor damage: {error}");
     assert!(reader.retain(2).is_err());
 }
 
@@ -289,16 +209,10 @@ fn an_unreachable_server_fails_within_the_deadline() {
             .build()
             .unwrap(),
     );
-    let options = StoreOptions {
-        op_timeout: Duration::from_secs(2),
-        ..StoreOptions::default()
-    };
+    let options = StoreOptions { op_timeout: Duration::from_secs(2), ..StoreOptions::default() };
     let store = RunStore::over(store, "run", "s3://b/run", options).unwrap();
     let start = Instant::now();
     let error = store.newest_valid().unwrap_err().to_string();
     assert!(start.elapsed() < Duration::from_secs(20));
-    assert!(
-        error.contains("s3://b/run") && !error.contains("SECRET"),
-        "{error}"
-    );
+    assert!(error.contains("s3://b/run") && !error.contains("SECRET"), "{error}");
 }

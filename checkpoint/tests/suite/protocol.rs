@@ -15,10 +15,7 @@ fn any_number_of_ranks_writes_what_any_other_reads() {
             let written = store.commit(content(attempt, step, shards)).unwrap();
             let (manifest, damaged) = store.newest_valid().unwrap().unwrap();
             assert_eq!((&manifest, damaged.len()), (&written, 0));
-            assert_eq!(
-                (manifest.step, manifest.optimizer_step, manifest.world_size),
-                (step, step, world_size)
-            );
+            assert_eq!((manifest.step, manifest.optimizer_step, manifest.world_size), (step, step, world_size));
             assert_eq!(manifest.config["optimizer"]["lr"], 1e-4);
             assert_eq!(manifest.decision_log[0]["step"], 3);
             assert_holds(&store.read(&manifest), TENSORS, step);
@@ -30,17 +27,8 @@ fn any_number_of_ranks_writes_what_any_other_reads() {
 fn ranges_that_cross_slices_and_chunks_are_read_in_one_go() {
     let store = memory_run();
     let attempt = claim(&store, None);
-    let manifest = store
-        .commit(content(
-            attempt,
-            5,
-            write_all(&store, attempt, 5, 4, TENSORS),
-        ))
-        .unwrap();
-    assert!(
-        manifest.tensors["model/big"].slices.len() > 2,
-        "the test wants a tensor in several shards"
-    );
+    let manifest = store.commit(content(attempt, 5, write_all(&store, attempt, 5, 4, TENSORS))).unwrap();
+    assert!(manifest.tensors["model/big"].slices.len() > 2, "the test wants a tensor in several shards");
     let reader = store.read(&manifest);
     for readers in [3, 5] {
         for rank in 0..readers {
@@ -48,23 +36,11 @@ fn ranges_that_cross_slices_and_chunks_are_read_in_one_go() {
             let (mut big, mut bias) = (vec![0f32; own.len()], vec![0f32; 3]);
             reader
                 .read_into(&mut [
-                    ReadInto {
-                        name: "model/big",
-                        start_numel: own.start,
-                        out: &mut big,
-                    },
-                    ReadInto {
-                        name: "model/blocks.0.b",
-                        start_numel: 4,
-                        out: &mut bias,
-                    },
+                    ReadInto { name: "model/big", start_numel: own.start, out: &mut big },
+                    ReadInto { name: "model/blocks.0.b", start_numel: 4, out: &mut bias },
                 ])
                 .unwrap();
-            assert!(
-                own.clone()
-                    .zip(&big)
-                    .all(|(element, &found)| found == value(1, element, 5))
-            );
+            assert!(own.clone().zip(&big).all(|(element, &found)| found == value(1, element, 5)));
             assert_eq!(bias, [4, 5, 6].map(|element| value(2, element, 5)));
         }
     }
@@ -75,21 +51,12 @@ fn bad_reads_name_tensor_and_range() {
     let store = memory_run();
     let attempt = claim(&store, None);
     let reader = store.read(&save(&store, attempt, 1));
-    let past = reader
-        .read_f32("model/blocks.0.b", 5..8)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        past.contains("`model/blocks.0.b`") && past.contains("5..8") && past.contains('7'),
-        "{past}"
-    );
+    let past = reader.read_f32("model/blocks.0.b", 5..8).unwrap_err().to_string();
+    assert!(past.contains("`model/blocks.0.b`") && past.contains("5..8") && past.contains('7'), "{past}");
     #[allow(clippy::reversed_empty_ranges)]
     let reversed = reader.read_f32("model/blocks.0.b", 5..4);
     assert!(matches!(reversed, Err(CheckpointError::BadRead { .. })));
-    assert!(matches!(
-        reader.read_f32("model/x", 0..0),
-        Err(CheckpointError::BadRead { .. })
-    ));
+    assert!(matches!(reader.read_f32("model/x", 0..0), Err(CheckpointError::BadRead { .. })));
 }
 
 #[test]
@@ -130,58 +97,25 @@ fn shards_are_safetensors_files_with_deterministic_bytes() {
     let run = file_run();
     let attempt = claim(&run.store, None);
     let (w, b) = (values(0, &[6, 7], 1), values(2, &[7], 1));
-    let whole = Slice {
-        name: "model/w",
-        shape: &[6, 7],
-        start_numel: 0,
-        data: &w,
-    };
-    let cut = Slice {
-        name: "model/\"b\"",
-        shape: &[100],
-        start_numel: 20,
-        data: &b,
-    };
-    let id = |step, rank| ShardId {
-        attempt,
-        step,
-        rank,
-        world_size: 2,
-    };
+    let whole = Slice { name: "model/w", shape: &[6, 7], start_numel: 0, data: &w };
+    let cut = Slice { name: "model/\"b\"", shape: &[100], start_numel: 20, data: &b };
+    let id = |step, rank| ShardId { attempt, step, rank, world_size: 2 };
     let record = run.store.write_shard(&id(1, 0), &[whole, cut]).unwrap();
     let other = run.store.write_shard(&id(2, 1), &[cut, whole]).unwrap();
     let bytes = fs::read(run.path.join(&record.key)).unwrap();
     assert_eq!(bytes, fs::read(run.path.join(&other.key)).unwrap());
-    assert_eq!(
-        (record.bytes, &record.sha256),
-        (bytes.len() as u64, &other.sha256)
-    );
+    assert_eq!((record.bytes, &record.sha256), (bytes.len() as u64, &other.sha256));
 
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let le = |values: &[f32]| {
-        values
-            .iter()
-            .flat_map(|v| v.to_le_bytes())
-            .collect::<Vec<u8>>()
-    };
+    let le = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
     let tensor = file.tensor("model/w").unwrap();
-    assert_eq!(
-        (tensor.shape(), tensor.data()),
-        (&[6usize, 7][..], &le(&w)[..])
-    );
+    assert_eq!((tensor.shape(), tensor.data()), (&[6usize, 7][..], &le(&w)[..]));
     let tensor = file.tensor("model/\"b\"[20:27]").unwrap();
-    assert_eq!(
-        (tensor.shape(), tensor.data()),
-        (&[7usize][..], &le(&b)[..])
-    );
+    assert_eq!((tensor.shape(), tensor.data()), (&[7usize][..], &le(&b)[..]));
     for slice in &record.tensors {
         assert_eq!(slice.offset_bytes % 4, 0);
     }
-    assert_eq!(
-        (bytes.len() - le(&w).len() - le(&b).len()) % 64,
-        0,
-        "the data starts aligned"
-    );
+    assert_eq!((bytes.len() - le(&w).len() - le(&b).len()) % 64, 0, "the data starts aligned");
 }
 
 #[test]
@@ -189,25 +123,9 @@ fn a_shard_may_be_empty() {
     let store = memory_run();
     let attempt = claim(&store, None);
     let data = [1.0, 2.0];
-    let full = [Slice {
-        name: "model/w",
-        shape: &[2],
-        start_numel: 0,
-        data: &data,
-    }];
-    let shards = [(0, &full[..]), (1, &[][..])].map(|(rank, slices)| {
-        store
-            .write_shard(
-                &ShardId {
-                    attempt,
-                    step: 1,
-                    rank,
-                    world_size: 2,
-                },
-                slices,
-            )
-            .unwrap()
-    });
+    let full = [Slice { name: "model/w", shape: &[2], start_numel: 0, data: &data }];
+    let shards = [(0, &full[..]), (1, &[][..])]
+        .map(|(rank, slices)| store.write_shard(&ShardId { attempt, step: 1, rank, world_size: 2 }, slices).unwrap());
     let manifest = store.commit(content(attempt, 1, shards.to_vec())).unwrap();
     store.verify(&manifest).unwrap();
     assert_eq!(store.read(&manifest).read_all_f32("model/w").unwrap(), data);
@@ -219,43 +137,20 @@ fn digests_do_not_depend_on_the_layout() {
     let attempt = claim(&store, None);
     let of = |world_size: usize, tensors: &[(&str, &[usize])]| {
         // Same step, hence same values; attempts differ, since a step of an attempt is written once.
-        let attempt = if world_size == 1 {
-            attempt
-        } else {
-            claim(&store, Some(7))
-        };
-        let manifest = store
-            .commit(content(
-                attempt,
-                7,
-                write_all(&store, attempt, 7, world_size, tensors),
-            ))
-            .unwrap();
+        let attempt = if world_size == 1 { attempt } else { claim(&store, Some(7)) };
+        let manifest = store.commit(content(attempt, 7, write_all(&store, attempt, 7, world_size, tensors))).unwrap();
         digest::all_digests(&store.read(&manifest)).unwrap()
     };
     let (sections, tensors) = of(1, TENSORS);
     assert_eq!(of(4, TENSORS), (sections.clone(), tensors.clone()));
-    assert_eq!(
-        sections.keys().collect::<Vec<_>>(),
-        ["adamw", "ema", "model"]
-    );
-    let ema: Vec<u8> = values(5, &[6, 7], 7)
-        .iter()
-        .flat_map(|v| v.to_le_bytes())
-        .collect();
+    assert_eq!(sections.keys().collect::<Vec<_>>(), ["adamw", "ema", "model"]);
+    let ema: Vec<u8> = values(5, &[6, 7], 7).iter().flat_map(|v| v.to_le_bytes()).collect();
     assert_eq!(sections["ema"], checkpoint::Sha256Digest::of(&ema));
-    let adamw: Vec<u8> = [6, 7]
-        .iter()
-        .flat_map(|&i| values(i, &[6, 7], 7))
-        .flat_map(f32::to_le_bytes)
-        .collect();
+    let adamw: Vec<u8> = [6, 7].iter().flat_map(|&i| values(i, &[6, 7], 7)).flat_map(f32::to_le_bytes).collect();
     assert_eq!(sections["adamw"], checkpoint::Sha256Digest::of(&adamw));
     assert_eq!(tensors.len(), TENSORS.len());
     let other = store.read(&save(&store, claim(&store, Some(7)), 8));
-    assert_ne!(
-        digest::section_digests(&other).unwrap()["ema"],
-        sections["ema"]
-    );
+    assert_ne!(digest::section_digests(&other).unwrap()["ema"], sections["ema"]);
 }
 
 #[test]
@@ -263,93 +158,33 @@ fn incomplete_checkpoints_are_not_committed() {
     let store = memory_run();
     let attempt = claim(&store, None);
     let data = [0f32; 8];
-    let slice = |name, shape, start_numel, len: usize| Slice {
-        name,
-        shape,
-        start_numel,
-        data: &data[..len],
-    };
+    let slice = |name, shape, start_numel, len: usize| Slice { name, shape, start_numel, data: &data[..len] };
     let refused = |step, by_rank: [Vec<Slice<'_>>; 2], word: &str| {
-        let shards = [0, 1].map(|rank| {
-            store
-                .write_shard(
-                    &ShardId {
-                        attempt,
-                        step,
-                        rank,
-                        world_size: 2,
-                    },
-                    &by_rank[rank],
-                )
-                .unwrap()
-        });
-        let error = store
-            .commit(content(attempt, step, shards.to_vec()))
-            .unwrap_err();
-        assert!(
-            matches!(error, CheckpointError::Incomplete { .. }) && error.to_string().contains(word),
-            "{error}"
-        );
+        let shards = [0, 1]
+            .map(|rank| store.write_shard(&ShardId { attempt, step, rank, world_size: 2 }, &by_rank[rank]).unwrap());
+        let error = store.commit(content(attempt, step, shards.to_vec())).unwrap_err();
+        assert!(matches!(error, CheckpointError::Incomplete { .. }) && error.to_string().contains(word), "{error}");
     };
     refused(
         1,
-        [
-            vec![slice("model/w", &[8], 0, 3)],
-            vec![slice("model/w", &[8], 4, 4)],
-        ],
+        [vec![slice("model/w", &[8], 0, 3)], vec![slice("model/w", &[8], 4, 4)]],
         "elements 3 to 4 of tensor `model/w`",
     );
     refused(
         2,
-        [
-            vec![slice("model/w", &[8], 0, 4)],
-            vec![slice("model/w", &[8], 4, 3)],
-        ],
+        [vec![slice("model/w", &[8], 0, 4)], vec![slice("model/w", &[8], 4, 3)]],
         "elements 7 to 8 of tensor `model/w`",
     );
-    refused(
-        3,
-        [
-            vec![slice("model/w", &[8], 0, 5)],
-            vec![slice("model/w", &[8], 4, 4)],
-        ],
-        "overlap",
-    );
-    refused(
-        4,
-        [
-            vec![slice("model/w", &[8], 0, 4)],
-            vec![slice("model/w", &[2, 4], 4, 4)],
-        ],
-        "rank 1",
-    );
+    refused(3, [vec![slice("model/w", &[8], 0, 5)], vec![slice("model/w", &[8], 4, 4)]], "overlap");
+    refused(4, [vec![slice("model/w", &[8], 0, 4)], vec![slice("model/w", &[2, 4], 4, 4)]], "rank 1");
 
     let shards = write_all(&store, attempt, 5, 2, &small());
-    let error = store
-        .commit(content(attempt, 5, shards[..1].to_vec()))
-        .unwrap_err();
-    assert!(
-        error.to_string().contains("one of each of 2 ranks"),
-        "{error}"
-    );
-    let error = store
-        .commit(content(attempt, 6, shards.clone()))
-        .unwrap_err();
-    assert!(
-        matches!(error, CheckpointError::Incomplete { .. }),
-        "shards of another step: {error}"
-    );
-    let error = store
-        .commit(content(
-            attempt,
-            5,
-            vec![shards[0].clone(), shards[0].clone()],
-        ))
-        .unwrap_err();
-    assert!(
-        matches!(error, CheckpointError::Incomplete { .. }),
-        "one rank twice: {error}"
-    );
+    let error = store.commit(content(attempt, 5, shards[..1].to_vec())).unwrap_err();
+    assert!(error.to_string().contains("one of each of 2 ranks"), "{error}");
+    let error = store.commit(content(attempt, 6, shards.clone())).unwrap_err();
+    assert!(matches!(error, CheckpointError::Incomplete { .. }), "shards of another step: {error}");
+    let error = store.commit(content(attempt, 5, vec![shards[0].clone(), shards[0].clone()])).unwrap_err();
+    assert!(matches!(error, CheckpointError::Incomplete { .. }), "one rank twice: {error}");
     assert_eq!(store.committed().unwrap(), []);
     store.commit(content(attempt, 5, shards)).unwrap();
 }
@@ -360,10 +195,7 @@ fn a_shard_that_is_not_in_the_store_prevents_the_commit() {
     let attempt = claim(&run.store, None);
     let shards = write_all(&run.store, attempt, 5, 2, &small());
     fs::remove_file(run.path.join(&shards[1].key)).unwrap();
-    let error = run
-        .store
-        .commit(content(attempt, 5, shards.clone()))
-        .unwrap_err();
+    let error = run.store.commit(content(attempt, 5, shards.clone())).unwrap_err();
     assert!(error.to_string().contains(&shards[1].key), "{error}");
     assert_eq!(run.store.committed().unwrap(), []);
 }
@@ -375,27 +207,19 @@ fn stores_that_cannot_be_used_say_why() {
     fs::write(&file, "x").unwrap();
     let below_a_file = RunStore::open(file.join("run").to_str().unwrap()).unwrap_err();
     assert!(
-        matches!(below_a_file, CheckpointError::Unwritable { .. })
-            && below_a_file.to_string().contains("file/run"),
+        matches!(below_a_file, CheckpointError::Unwritable { .. }) && below_a_file.to_string().contains("file/run"),
         "{below_a_file}"
     );
     let absent = folder.path().join("typo");
-    let error = RunStore::open_existing(absent.to_str().unwrap())
-        .unwrap_err()
-        .to_string();
+    let error = RunStore::open_existing(absent.to_str().unwrap()).unwrap_err().to_string();
     assert!(error.contains("typo") && !absent.exists(), "{error}");
     let error = RunStore::open("ftp://host/run").unwrap_err().to_string();
-    assert!(
-        error.contains("ftp://host/run") && error.contains("s3://"),
-        "{error}"
-    );
+    assert!(error.contains("ftp://host/run") && error.contains("s3://"), "{error}");
 }
 
 #[test]
 fn calls_are_allowed_inside_another_runtime() {
-    let other = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .unwrap();
+    let other = tokio::runtime::Builder::new_current_thread().build().unwrap();
     other.block_on(async {
         let store = memory_run();
         let attempt = claim(&store, None);

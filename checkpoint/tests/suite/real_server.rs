@@ -10,40 +10,21 @@ use std::{collections::BTreeSet, time::SystemTime};
 #[ignore = "needs DITHAROS_TEST_STORE=URL and a server behind it"]
 fn a_run_on_a_real_server() {
     let base = std::env::var("DITHAROS_TEST_STORE").unwrap();
-    let nanos = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap()
-        .as_nanos();
+    let nanos = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos();
     let store = RunStore::open(&format!("{base}/run-{nanos}")).unwrap();
     assert_eq!(newest(&store), (None, vec![]));
     let claimed: BTreeSet<u32> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..8)
-            .map(|_| scope.spawn(|| claim(&store, None)))
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect()
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| claim(&store, None))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert_eq!(claimed, (1..=8).collect());
     for (step, world_size) in [(10, 1), (20, 4), (30, 2)] {
-        store
-            .commit(content(
-                8,
-                step,
-                write_all(&store, 8, step, world_size, TENSORS),
-            ))
-            .unwrap();
+        store.commit(content(8, step, write_all(&store, 8, step, world_size, TENSORS))).unwrap();
     }
     let (manifest, damaged) = store.newest_valid().unwrap().unwrap();
     assert_eq!((manifest.step, damaged.len()), (30, 0));
     assert_holds(&store.read(&manifest), TENSORS, 30);
-    assert_eq!(
-        digest::section_digests(&store.read(&manifest))
-            .unwrap()
-            .len(),
-        3
-    );
+    assert_eq!(digest::section_digests(&store.read(&manifest)).unwrap().len(), 3);
     assert_eq!(store.retain(2).unwrap(), [10]);
     let second = claim(&store, Some(20));
     assert_eq!(newest(&store), (Some(20), vec![]));

@@ -12,27 +12,15 @@ fn the_newest_are_kept_and_the_rest_leaves_no_trace() {
         write_all(store, attempt, 5, 2, &small());
         (1..=5).for_each(|i| drop(save(store, attempt, i * 10)));
         assert_eq!(store.retain(3).unwrap(), [5, 10, 20]);
-        let left: Vec<u64> = store
-            .committed()
-            .unwrap()
-            .iter()
-            .map(|commit| commit.step)
-            .collect();
+        let left: Vec<u64> = store.committed().unwrap().iter().map(|commit| commit.step).collect();
         assert_eq!(left, [50, 40, 30]);
         for commit in store.committed().unwrap() {
             store.verify(&store.manifest(&commit).unwrap()).unwrap();
         }
         assert_eq!(store.retain(3).unwrap(), [0u64; 0]);
     }
-    assert_eq!(
-        files(&run.path).len(),
-        1 + 3 * 3,
-        "one attempt, two shards and a manifest of three steps"
-    );
-    assert_eq!(
-        fs::read_dir(run.path.join("checkpoints")).unwrap().count(),
-        3
-    );
+    assert_eq!(files(&run.path).len(), 1 + 3 * 3, "one attempt, two shards and a manifest of three steps");
+    assert_eq!(fs::read_dir(run.path.join("checkpoints")).unwrap().count(), 3);
 }
 
 #[test]
@@ -42,10 +30,7 @@ fn at_least_two_are_kept() {
     (1..=2).for_each(|step| drop(save(&store, attempt, step)));
     assert_eq!(store.retain(2).unwrap(), [0u64; 0]);
     for keep_last in [0, 1] {
-        assert!(matches!(
-            store.retain(keep_last),
-            Err(CheckpointError::KeepTooFew { .. })
-        ));
+        assert!(matches!(store.retain(keep_last), Err(CheckpointError::KeepTooFew { .. })));
     }
 }
 
@@ -53,9 +38,7 @@ fn at_least_two_are_kept() {
 fn nothing_is_deleted_while_the_newest_cannot_be_read() {
     let run = file_run();
     let attempt = claim(&run.store, None);
-    let manifests: Vec<_> = (1..=4)
-        .map(|step| save(&run.store, attempt, step))
-        .collect();
+    let manifests: Vec<_> = (1..=4).map(|step| save(&run.store, attempt, step)).collect();
     let shard = run.path.join(&manifests[3].shards[1].key);
     let mut bytes = fs::read(&shard).unwrap();
     let last = bytes.len() - 1;
@@ -63,10 +46,7 @@ fn nothing_is_deleted_while_the_newest_cannot_be_read() {
     fs::write(&shard, bytes).unwrap();
     let before = files(&run.path);
     let error = run.store.retain(2).unwrap_err();
-    assert!(
-        error.is_damage() && error.to_string().contains(&manifests[3].shards[1].key),
-        "{error}"
-    );
+    assert!(error.is_damage() && error.to_string().contains(&manifests[3].shards[1].key), "{error}");
     assert_eq!(files(&run.path), before);
 }
 
@@ -88,9 +68,7 @@ fn commits_of_a_dead_branch_do_not_count_as_kept() {
 fn a_crash_between_manifest_and_shards_is_cleaned_up_next_time() {
     let run = file_run();
     let attempt = claim(&run.store, None);
-    let manifests: Vec<_> = (1..=4)
-        .map(|step| save(&run.store, attempt, step))
-        .collect();
+    let manifests: Vec<_> = (1..=4).map(|step| save(&run.store, attempt, step)).collect();
     fs::remove_file(run.path.join(manifests[0].key())).unwrap();
     assert_eq!(run.store.retain(3).unwrap(), [1]);
     assert_eq!(files(&run.path).len(), 1 + 3 * 3);

@@ -1,8 +1,7 @@
 //! A small model's state, ranks that write it, and the stores to write it to.
 
 use checkpoint::{
-    AttemptInfo, CheckpointError, CheckpointReader, Commit, Manifest, RunStore, ShardId,
-    ShardRecord, Slice,
+    AttemptInfo, CheckpointError, CheckpointReader, Commit, Manifest, RunStore, ShardId, ShardRecord, Slice,
 };
 use serde_json::json;
 use std::{
@@ -27,11 +26,7 @@ pub const TENSORS: &[(&str, &[usize])] = &[
 
 /// The same without the large tensor.
 pub fn small() -> Vec<(&'static str, &'static [usize])> {
-    TENSORS
-        .iter()
-        .copied()
-        .filter(|(name, _)| *name != "model/big")
-        .collect()
+    TENSORS.iter().copied().filter(|(name, _)| *name != "model/big").collect()
 }
 
 /// A value that no other element of any tensor has at any step.
@@ -40,9 +35,7 @@ pub fn value(tensor: usize, element: usize, step: u64) -> f32 {
 }
 
 pub fn values(tensor: usize, shape: &[usize], step: u64) -> Vec<f32> {
-    (0..shape.iter().product())
-        .map(|element| value(tensor, element, step))
-        .collect()
+    (0..shape.iter().product()).map(|element| value(tensor, element, step)).collect()
 }
 
 /// A folder that goes away, opened as a run.
@@ -56,30 +49,16 @@ pub fn file_run() -> FileRun {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("runs/a run");
     let store = RunStore::open(path.to_str().unwrap()).unwrap();
-    FileRun {
-        _folder: folder,
-        path,
-        store,
-    }
+    FileRun { _folder: folder, path, store }
 }
 
 pub fn memory_run() -> RunStore {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    RunStore::open(&format!(
-        "memory:///run-{}",
-        NEXT.fetch_add(1, Ordering::Relaxed)
-    ))
-    .unwrap()
+    RunStore::open(&format!("memory:///run-{}", NEXT.fetch_add(1, Ordering::Relaxed))).unwrap()
 }
 
 pub fn claim(store: &RunStore, resumed_from: Option<u64>) -> u32 {
-    store
-        .claim_attempt(&AttemptInfo {
-            resumed_from,
-            world_size: 2,
-            ..AttemptInfo::default()
-        })
-        .unwrap()
+    store.claim_attempt(&AttemptInfo { resumed_from, world_size: 2, ..AttemptInfo::default() }).unwrap()
 }
 
 /// The shard of `rank`: its equal part of all elements laid end to end, cut wherever that falls.
@@ -88,28 +67,16 @@ pub fn write_rank(
     id: &ShardId,
     tensors: &[(&str, &[usize])],
 ) -> Result<ShardRecord, CheckpointError> {
-    let total: usize = tensors
-        .iter()
-        .map(|(_, shape)| shape.iter().product::<usize>())
-        .sum();
+    let total: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     let own = share(total, id.rank, id.world_size);
-    let data: Vec<Vec<f32>> = tensors
-        .iter()
-        .enumerate()
-        .map(|(i, (_, shape))| values(i, shape, id.step))
-        .collect();
+    let data: Vec<Vec<f32>> = tensors.iter().enumerate().map(|(i, (_, shape))| values(i, shape, id.step)).collect();
     let mut slices = Vec::new();
     let mut at = 0;
     for ((name, shape), data) in tensors.iter().zip(&data) {
         let start = own.start.clamp(at, at + data.len()) - at;
         let end = own.end.clamp(at, at + data.len()) - at;
         if !data.is_empty() || id.rank == 0 {
-            slices.push(Slice {
-                name,
-                shape,
-                start_numel: start,
-                data: &data[start..end],
-            });
+            slices.push(Slice { name, shape, start_numel: start, data: &data[start..end] });
         }
         at += data.len();
     }
@@ -128,32 +95,13 @@ pub fn write_all(
     world_size: usize,
     tensors: &[(&str, &[usize])],
 ) -> Vec<ShardRecord> {
-    let write = |rank| {
-        write_rank(
-            store,
-            &ShardId {
-                attempt,
-                step,
-                rank,
-                world_size,
-            },
-            tensors,
-        )
-        .unwrap()
-    };
+    let write = |rank| write_rank(store, &ShardId { attempt, step, rank, world_size }, tensors).unwrap();
     (0..world_size).map(write).collect()
 }
 
 pub fn content(attempt: u32, step: u64, shards: Vec<ShardRecord>) -> Commit {
     let config = json!({"optimizer": {"lr": 1e-4}, "train": {"lanes": 8}});
-    Commit {
-        attempt,
-        step,
-        optimizer_step: step,
-        config,
-        decision_log: json!([{"step": 3, "skipped": true}]),
-        shards,
-    }
+    Commit { attempt, step, optimizer_step: step, config, decision_log: json!([{"step": 3, "skipped": true}]), shards }
 }
 
 /// Writes and commits a checkpoint of the small tensors by two ranks.
@@ -162,28 +110,14 @@ pub fn save(store: &RunStore, attempt: u32, step: u64) -> Manifest {
 }
 
 pub fn try_save(store: &RunStore, attempt: u32, step: u64) -> Result<Manifest, CheckpointError> {
-    let shards = (0..2).map(|rank| {
-        write_rank(
-            store,
-            &ShardId {
-                attempt,
-                step,
-                rank,
-                world_size: 2,
-            },
-            &small(),
-        )
-    });
+    let shards = (0..2).map(|rank| write_rank(store, &ShardId { attempt, step, rank, world_size: 2 }, &small()));
     store.commit(content(attempt, step, shards.collect::<Result<_, _>>()?))
 }
 
 /// The step of the newest valid checkpoint and the steps found damaged.
 pub fn newest(store: &RunStore) -> (Option<u64>, Vec<u64>) {
     match store.newest_valid().unwrap() {
-        Some((manifest, damaged)) => (
-            Some(manifest.step),
-            damaged.iter().map(|d| d.step).collect(),
-        ),
+        Some((manifest, damaged)) => (Some(manifest.step), damaged.iter().map(|d| d.step).collect()),
         None => (None, Vec::new()),
     }
 }
@@ -191,11 +125,7 @@ pub fn newest(store: &RunStore) -> (Option<u64>, Vec<u64>) {
 pub fn assert_holds(reader: &CheckpointReader, tensors: &[(&str, &[usize])], step: u64) {
     for (i, (name, shape)) in tensors.iter().enumerate() {
         assert_eq!(reader.shape(name), Some(*shape), "{name}");
-        assert_eq!(
-            reader.read_all_f32(name).unwrap(),
-            values(i, shape, step),
-            "{name}"
-        );
+        assert_eq!(reader.read_all_f32(name).unwrap(), values(i, shape, step), "{name}");
     }
 }
 
@@ -206,13 +136,7 @@ pub fn files(root: &Path) -> Vec<String> {
             let path = entry.unwrap().path();
             match path.is_dir() {
                 true => walk(&path, root, out),
-                false => out.push(
-                    path.strip_prefix(root)
-                        .unwrap()
-                        .to_str()
-                        .unwrap()
-                        .to_owned(),
-                ),
+                false => out.push(path.strip_prefix(root).unwrap().to_str().unwrap().to_owned()),
             }
         }
     }

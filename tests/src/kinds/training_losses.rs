@@ -143,6 +143,9 @@ fn compare_variational_parts(objective: &VariationalEps, noised: &Noised, output
     likelihood.compare_likelihood("out/decoder_nll_bits", &bound.decoder_nll_bits);
 }
 
+/// A scalar loss of the model's output.
+type LossOf<'a> = &'a dyn Fn(&Tensor) -> Tensor;
+
 /// One micro-batch through the engine.
 struct Pass<'a> {
     model: &'a Dit,
@@ -161,7 +164,7 @@ impl Pass<'_> {
     }
 
     /// Gradients of `loss(output)` by parameter name, as a rank with one lane has them before the update.
-    fn gradients(&self, loss: &dyn Fn(&Tensor) -> Tensor) -> Result<Vec<(String, Tensor)>> {
+    fn gradients(&self, loss: LossOf) -> Result<Vec<(String, Tensor)>> {
         let torch = |error: ffi::TorchError| BundleError::Run(error.to_string());
         let tape = self.forward();
         let output = tape.output();
@@ -191,7 +194,7 @@ fn compare_gradients(bundle: &Bundle, objective: &VariationalEps, pass: &Pass, r
         vb.unwrap_or(mse).mean(None)
     };
     let mean_loss = |output: &Tensor| objective.loss(output, pass.noised).total;
-    let losses: [(&str, &dyn Fn(&Tensor) -> Tensor); 2] = [("grad", &mean_loss), ("grad_vb", &mean_vb)];
+    let losses: [(&str, LossOf); 2] = [("grad", &mean_loss), ("grad_vb", &mean_vb)];
     for (group, loss) in losses {
         let recorded = bundle.names().filter(|name| name.starts_with(&format!("{group}/"))).count();
         if recorded == 0 || (group == "grad_vb" && !objective.learn_sigma) {

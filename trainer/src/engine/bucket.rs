@@ -171,7 +171,7 @@ impl Buckets {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{dit, Model};
+    use crate::model::{Model, dit};
 
     #[test]
     fn layouts_are_aligned_and_shards_cover_every_element_once_for_every_world_size() {

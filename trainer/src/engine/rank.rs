@@ -145,7 +145,10 @@ impl Prepared {
         if let (true, Some(vae)) = (config.sample.every_steps > 0, &config.sample.vae)
             && !vae.join("config.json").is_file()
         {
-            bail!("`sample.vae` = {}: no config.json there; give an AutoencoderKL folder or set sample.every_steps = 0", vae.display());
+            bail!(
+                "`sample.vae` = {}: no config.json there; give an AutoencoderKL folder or set sample.every_steps = 0",
+                vae.display()
+            );
         }
         let store = RunStore::open(&config.run.url).context("`run.url`")?;
         Ok(Self { recipe, device, dataset: Arc::new(dataset), block, store })
@@ -173,7 +176,9 @@ fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result
     match (cuda, wanted) {
         (Ok(count), _) if count > 0 => {
             if collective.world_size() > 1 {
-                bail!("`train.device`: several GPU ranks need the NCCL backend, which is not built yet; use one rank or train.device = \"cpu\"");
+                bail!(
+                    "`train.device`: several GPU ranks need the NCCL backend, which is not built yet; use one rank or train.device = \"cpu\""
+                );
             }
             Ok(Device::Cuda(collective.local_rank()))
         }
@@ -184,12 +189,7 @@ fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result
 }
 
 /// Rank 0 looks for the newest valid checkpoint, checks that this config may continue it, and claims an attempt.
-fn decide_start(
-    config: &RunConfig,
-    record: &Value,
-    collective: &dyn Collective,
-    store: &RunStore,
-) -> Result<Start> {
+fn decide_start(config: &RunConfig, record: &Value, collective: &dyn Collective, store: &RunStore) -> Result<Start> {
     let decided = match collective.rank() {
         0 => find_start(config, record, collective.world_size(), store).map(Some),
         _ => Ok(None),

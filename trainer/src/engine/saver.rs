@@ -27,9 +27,17 @@ pub struct Saver {
 
 enum State {
     Idle,
-    Uploading { step: u64, result: Receiver<Result<ShardRecord>>, done: Option<Result<ShardRecord>> },
+    Uploading {
+        step: u64,
+        result: Receiver<Result<ShardRecord>>,
+        done: Option<Result<ShardRecord>>,
+    },
     /// Rank 0 waits for its commit; for the other ranks the checkpoint is over.
-    Committing { step: u64, result: Receiver<Result<Manifest>>, done: Option<Result<Manifest>> },
+    Committing {
+        step: u64,
+        result: Receiver<Result<Manifest>>,
+        done: Option<Result<Manifest>>,
+    },
 }
 
 enum Job {

@@ -139,7 +139,8 @@ impl Stepper {
         signal: u32,
     ) -> Result<StepReport, StepError> {
         let Experiment { lanes, block, .. } = self.experiment;
-        let names: Vec<&'static str> = losses.first().map(|l| l.parts.iter().map(|p| p.0).collect()).unwrap_or_default();
+        let names: Vec<&'static str> =
+            losses.first().map(|l| l.parts.iter().map(|p| p.0).collect()).unwrap_or_default();
         let terms = 1 + names.len();
         // One row of values a lane: the loss, its parts, and the squared norm of its finest shard of every bucket.
         let of_lane = |loss: &LossTerms| {
@@ -165,9 +166,8 @@ impl Stepper {
 
         let rank_of = |lane: usize| lane / block.len;
         let loss_of = |lane: usize, term: usize| all[rank_of(lane) * width + lane % block.len * terms + term];
-        let square_of = |bucket: usize, lane: usize| {
-            all[rank_of(lane) * width + block.len * (terms + bucket) + lane % block.len]
-        };
+        let square_of =
+            |bucket: usize, lane: usize| all[rank_of(lane) * width + block.len * (terms + bucket) + lane % block.len];
         let over_lanes = |value: &dyn Fn(usize) -> f64| (0..lanes).map(value).collect::<Vec<f64>>();
         let mean = |term: usize| sum_lanes(&over_lanes(&|lane| loss_of(lane, term))) / lanes as f64;
         let bucket_squares = (0..grads.len()).map(|bucket| sum_lanes(&over_lanes(&|lane| square_of(bucket, lane))));

@@ -35,7 +35,8 @@ impl Tape {
         let first = self.records.len() == 1;
         // The data that enter the first segment need no gradient; everything between two segments does.
         let leaf = |tensor: &Tensor| if first { tensor.detach() } else { tensor.detach().set_requires_grad(true) };
-        let context = if previous.output.context.is_empty() { &previous.input.context } else { &previous.output.context };
+        let context =
+            if previous.output.context.is_empty() { &previous.input.context } else { &previous.output.context };
         let input = Flow {
             state: previous.output.state.iter().map(leaf).collect(),
             context: context.iter().map(leaf).collect(),

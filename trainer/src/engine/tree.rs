@@ -137,7 +137,9 @@ mod tests {
                         let grad = Tensor::from_slice(&lane_grad(rank * per_rank + lane)).view([5, 3]);
                         let done = sum.push(&layout, vec![Some(grad)]);
                         assert_eq!(done.is_some(), lane + 1 == per_rank);
-                        if repeat == 1 && let Some(done) = done {
+                        if repeat == 1
+                            && let Some(done) = done
+                        {
                             return done.copy();
                         }
                     }
@@ -155,7 +157,8 @@ mod tests {
     #[test]
     fn host_sums_follow_the_same_tree() {
         let values: Vec<f64> = (0..8).map(|lane| lane_grad(lane)[3] as f64 * 1e-7).collect();
-        let by_hand = ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
+        let by_hand =
+            ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
         assert_eq!(sum_lanes(&values), by_hand);
     }
 }

@@ -192,7 +192,8 @@ impl Segment for Embedders {
         let (d, grid) = (c.hidden_size, c.grid());
         let patch_inputs = c.in_channels * c.patch_size * c.patch_size;
         let table = sin_cos_2d(d, grid).into_iter().map(|v| v as f32).collect();
-        let pos_embed = ParamSpec { trainable: false, ..ParamSpec::new("pos_embed", &[1, grid * grid, d], Init::Table(table)) };
+        let pos_embed =
+            ParamSpec { trainable: false, ..ParamSpec::new("pos_embed", &[1, grid * grid, d], Init::Table(table)) };
         let normal = || Init::Normal { std: 0.02 };
         let mut params = vec![
             pos_embed,
@@ -335,4 +336,3 @@ impl Segment for FinalLayer {
         Flow { state: vec![output], context: Vec::new() }
     }
 }
-

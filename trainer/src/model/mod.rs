@@ -148,9 +148,11 @@ impl WeightSet {
         let mut of_segment = |segment: &Box<dyn Segment>| {
             let prefix = segment.prefix();
             let params = segment.params();
-            Weights::new(params.iter().filter_map(|spec| {
-                Some((spec.name.clone(), take(format!("{prefix}{}", spec.name), spec)?))
-            }))
+            Weights::new(
+                params
+                    .iter()
+                    .filter_map(|spec| Some((spec.name.clone(), take(format!("{prefix}{}", spec.name), spec)?))),
+            )
         };
         let set = Self(model.segments().iter().map(&mut of_segment).collect());
         let mut unknown: Vec<_> = tensors.into_keys().map(|name| format!("`{name}` is unknown")).collect();
@@ -167,10 +169,8 @@ impl WeightSet {
         let mut flow = model.input(x_t, t, labels);
         for (segment, weights) in model.segments().iter().zip(&self.0) {
             let next = segment.forward(weights, &flow, probe);
-            flow = Flow {
-                state: next.state,
-                context: if next.context.is_empty() { flow.context } else { next.context },
-            };
+            flow =
+                Flow { state: next.state, context: if next.context.is_empty() { flow.context } else { next.context } };
         }
         flow.state.swap_remove(0)
     }

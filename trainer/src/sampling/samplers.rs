@@ -42,7 +42,8 @@ impl Sampler for Ddpm {
             crate::diffusion::learned_log_variance(tables, &t, &output.narrow(1, channels, channels))
         } else {
             // Without a learned variance: β, at t = 0 the posterior's at 1.
-            let fixed = if index == 0 { tables.posterior_variance[1.min(tables.timesteps() - 1)] } else { tables.betas[index] };
+            let fixed =
+                if index == 0 { tables.posterior_variance[1.min(tables.timesteps() - 1)] } else { tables.betas[index] };
             Tensor::from(fixed.ln() as f32).to_device(x_t.device())
         };
         if index == 0 {
