@@ -78,7 +78,7 @@ pub struct DataConfig {
 /// `[data.columns]`: names of the parquet columns.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Columns {
-    /// Latents that are used as they are.
+    /// Latents that are used as they are; moments win where a file has both.
     pub latent: String,
     /// Posterior means, where a posterior is stored instead.
     pub latent_mean: String,
@@ -102,6 +102,18 @@ impl Default for Columns {
             label: "label".to_owned(),
             id: "id".to_owned(),
         }
+    }
+}
+
+impl Columns {
+    /// Column of the mirrored posterior means.
+    pub fn flipped_mean(&self) -> String {
+        format!("{}_mean", self.latent_flipped)
+    }
+
+    /// Column of the mirrored posterior log-variances.
+    pub fn flipped_logvar(&self) -> String {
+        format!("{}_logvar", self.latent_flipped)
     }
 }
 

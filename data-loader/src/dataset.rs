@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::StreamExt;
 use object_store::ObjectStore;
 
-use crate::columns::Columns;
+use crate::Columns;
 use crate::decode::{RowBlock, first_lengths};
 use crate::footer::{Footer, SHAPE, VAE_DIGEST};
 use crate::form::{Dtype, Form, Leaf, Stored, shape_numel};

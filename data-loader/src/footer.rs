@@ -7,8 +7,8 @@ use futures::FutureExt;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::file::metadata::PageIndexPolicy;
 
+use crate::Columns;
 use crate::DataError;
-use crate::columns::Columns;
 use crate::form::{Dtype, Form, READABLE, shape_numel};
 use crate::source::{ObjectReader, SourceFile};
 

@@ -7,7 +7,6 @@
 //!
 //! The calls block; make them outside of an async runtime.
 
-mod columns;
 mod dataset;
 mod decode;
 pub mod draws;
@@ -23,7 +22,7 @@ mod stream;
 mod testing;
 mod writer;
 
-pub use columns::Columns;
+pub use configs::Columns;
 pub use dataset::{DatasetMeta, LatentDataset, RowGroup};
 pub use decode::RowBlock;
 pub use error::DataError;

@@ -160,7 +160,11 @@ impl<'a> Report<'a> {
                 findings.failure(failed);
             }
             if group.failed.len() > NAMED_FAILURES {
-                findings.failure(&format!("{} further tensors of `{}`", group.failed.len() - NAMED_FAILURES, group.name));
+                findings.failure(&format!(
+                    "{} further tensors of `{}`",
+                    group.failed.len() - NAMED_FAILURES,
+                    group.name
+                ));
             }
             if let Some(bound) = group.p999 {
                 let error = percentile_999(group.differences.clone());

@@ -72,7 +72,8 @@ impl Tolerance {
         let text: String = text.chars().filter(|c| !c.is_whitespace()).collect::<String>().replace(",p99.9", ";p99.9");
         let (mut max, mut p999) = (None, None);
         for clause in text.split(';').filter(|clause| !clause.is_empty() && !clause.ends_with("exact")) {
-            let percentile = ["p99.9<=", "99.9thpercentileoverallelements<="].iter().find_map(|p| clause.strip_prefix(p));
+            let percentile =
+                ["p99.9<=", "99.9thpercentileoverallelements<="].iter().find_map(|p| clause.strip_prefix(p));
             let (slot, bound) = match percentile {
                 Some(bound) => (&mut p999, Bound::parse(bound, lr)?),
                 None => (&mut max, parse_max(clause, lr)?),
@@ -178,7 +179,8 @@ mod tests {
     #[test]
     fn every_form_that_bundles_use_is_understood() {
         let at = |text: &str, max: f64, element: f64| Tolerance::parse(text, Some(1e-3)).unwrap().max.at(max, element);
-        let close = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12 * expected, "{found} {expected}");
+        let close =
+            |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12 * expected, "{found} {expected}");
         close(at("2e-5 * max(1,max|ref|)", 0.5, 0.1), 2e-5);
         close(at("2e-5*max(1,max|ref|)", 3.0, 0.1), 6e-5);
         close(at("1.5e-4 abs (float32 exp/cos of arguments up to 999)", 9.0, 9.0), 1.5e-4);
@@ -200,7 +202,8 @@ mod tests {
 
     #[test]
     fn what_is_not_understood_is_not_guessed() {
-        for text in ["", "tight", "2e-5 * mean|ref|", "2e-5*max(1,max|ref|); dopri5 2e-2", "-1e-3", "nan", "p99.9 <= 1"] {
+        for text in ["", "tight", "2e-5 * mean|ref|", "2e-5*max(1,max|ref|); dopri5 2e-2", "-1e-3", "nan", "p99.9 <= 1"]
+        {
             assert_eq!(Tolerance::parse(text, Some(1e-3)), None, "{text}");
         }
         assert_eq!(Tolerance::parse("0.5*lr", None), None);

@@ -43,7 +43,9 @@ impl Parts {
     fn read(path: &Path) -> Self {
         let bytes = std::fs::read(path).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
-        let part = |(name, view): (&str, TensorView)| (name.to_owned(), (view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+        let part = |(name, view): (&str, TensorView)| {
+            (name.to_owned(), (view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+        };
         let tensors = file.iter().map(part).collect();
         let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
         let spec = serde_json::from_str(&header.metadata().as_ref().unwrap()["spec"]).unwrap();
@@ -53,9 +55,9 @@ impl Parts {
     fn write(&self, path: &Path) {
         let view = |(dtype, shape, data): &'_ (Dtype, Vec<usize>, Vec<u8>)| (*dtype, shape.clone(), data.clone());
         let parts: Vec<_> = self.tensors.iter().map(|(name, part)| (name.clone(), view(part))).collect();
-        let views = parts.iter().map(|(name, (dtype, shape, data))| {
-            (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap())
-        });
+        let views = parts
+            .iter()
+            .map(|(name, (dtype, shape, data))| (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap()));
         let metadata = HashMap::from([("spec".to_owned(), self.spec.to_string())]);
         std::fs::write(path, safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
     }
@@ -129,30 +131,54 @@ fn a_changed_value_fails_and_is_named() {
         ("dit_forward", "`out/block1`", &|parts| parts.change("weights/blocks.1.mlp.fc2.weight", 7, off)),
         ("dit_forward_lneps", "`out/tokens_in`", &|parts| parts.change("weights/pos_embed", 3, off)),
         ("dit_forward_alt", "`out/block0_qkv`", &|parts| parts.change("out/block0_qkv", 100, off)),
-        ("dit_forward", "`out/pos_embed_d24_g7_f64`", &|parts| parts.change("out/pos_embed_d24_g7_f64", 30, |v| v + 1e-11)),
+        ("dit_forward", "`out/pos_embed_d24_g7_f64`", &|parts| {
+            parts.change("out/pos_embed_d24_g7_f64", 30, |v| v + 1e-11)
+        }),
         ("dit_cfg", "`out/b/cfg4.0`", &|parts| parts.change("in/b/x", 0, |v| v + 0.1)),
-        ("diffusion_tables", "`out/linear/ddim50/betas`", &|parts| parts.change("out/linear/ddim50/betas", 3, |v| v * (1.0 + 1e-10))),
+        ("diffusion_tables", "`out/linear/ddim50/betas`", &|parts| {
+            parts.change("out/linear/ddim50/betas", 3, |v| v * (1.0 + 1e-10))
+        }),
         ("training_losses", "`out/vb`", &|parts| parts.change("out/vb", 4, |v| v * 1.001)),
-        ("training_losses", "`grad/blocks.0.attn.proj.weight`", &|parts| parts.change("grad/blocks.0.attn.proj.weight", 5, off)),
-        ("training_losses", "`grad_vb/final_layer.linear.bias`", &|parts| parts.change("grad_vb/final_layer.linear.bias", 5, off)),
+        ("training_losses", "`grad/blocks.0.attn.proj.weight`", &|parts| {
+            parts.change("grad/blocks.0.attn.proj.weight", 5, off)
+        }),
+        ("training_losses", "`grad_vb/final_layer.linear.bias`", &|parts| {
+            parts.change("grad_vb/final_layer.linear.bias", 5, off)
+        }),
         ("training_losses_respaced", "`out/zero_model/vb`", &|parts| parts.change("in/noise", 17, |v| v + 0.5)),
-        ("training_losses_t0hard", "`out/p_mean`", &|parts| parts.change("weights/t_embedder.mlp.2.bias", 1, |v| v + 0.1)),
-        ("training_losses_t0hard", "`out/decoder_nll_bits", &|parts| parts.change("out/decoder_nll_bits", 1, |v| v + 1.1)),
-        ("train_lr1e-3", "`final/blocks.1.attn.qkv.bias", &|parts| parts.change("final/blocks.1.attn.qkv.bias", 0, off)),
-        ("train_lr1e-3", "`final/blocks.1.attn.qkv.bias (keys)`", &|parts| parts.change("final/blocks.1.attn.qkv.bias", 40, off)),
+        ("training_losses_t0hard", "`out/p_mean`", &|parts| {
+            parts.change("weights/t_embedder.mlp.2.bias", 1, |v| v + 0.1)
+        }),
+        ("training_losses_t0hard", "`out/decoder_nll_bits", &|parts| {
+            parts.change("out/decoder_nll_bits", 1, |v| v + 1.1)
+        }),
+        ("train_lr1e-3", "`final/blocks.1.attn.qkv.bias", &|parts| {
+            parts.change("final/blocks.1.attn.qkv.bias", 0, off)
+        }),
+        ("train_lr1e-3", "`final/blocks.1.attn.qkv.bias (keys)`", &|parts| {
+            parts.change("final/blocks.1.attn.qkv.bias", 40, off)
+        }),
         ("train_lr1e-4", "`adam_v/pos_embed`", &|parts| {
             let part = parts.tensors["final/pos_embed"].clone();
             parts.tensors.insert("adam_v/pos_embed".to_owned(), part);
         }),
         ("train_lr1e-4", "`out/vb_per_sample`", &|parts| parts.change("out/vb_per_sample", 11, off)),
-        ("train_lr1e-4", "in/step3/y_eff", &|parts| parts.change("in/step3/drop_u", 2, |v| if v < 0.1 { 0.5 } else { 0.05 })),
-        ("train_lr1e-4_ema", "`emazero0.9999/x_embedder.proj.weight`", &|parts| parts.change("emazero0.9999/x_embedder.proj.weight", 2, |v| v + 1e-6)),
+        ("train_lr1e-4", "in/step3/y_eff", &|parts| {
+            parts.change("in/step3/drop_u", 2, |v| if v < 0.1 { 0.5 } else { 0.05 })
+        }),
+        ("train_lr1e-4_ema", "`emazero0.9999/x_embedder.proj.weight`", &|parts| {
+            parts.change("emazero0.9999/x_embedder.proj.weight", 2, |v| v + 1e-6)
+        }),
         ("train_lr1e-3_ema", "`ema0.99/pos_embed`", &|parts| parts.change("ema0.99/pos_embed", 2, off)),
         ("sampling", "`out/ddim10_nocfg/samples`", &|parts| parts.change("in/z", 0, |v| v + 0.1)),
         ("sampling", "`out/p10_nocfg_clip/x_steps`", &|parts| parts.change("in/p10_nocfg_clip/noises", 0, |v| v + 0.1)),
-        ("sampling", "`out/p10_cfg1.5/x_steps (null half)`", &|parts| parts.change("out/p10_cfg1.5/x_steps", 5 * 256 + 1, |v| v + 1.0)),
+        ("sampling", "`out/p10_cfg1.5/x_steps (null half)`", &|parts| {
+            parts.change("out/p10_cfg1.5/x_steps", 5 * 256 + 1, |v| v + 1.0)
+        }),
         ("vae", "`out/dec/up1`", &|parts| parts.change("weights/decoder.up_blocks.1.resnets.0.conv1.weight", 2, off)),
-        ("vae_legacy_names", "`out/enc/mid_attn`", &|parts| parts.change("encoder.mid_block.attentions.0.query.weight", 2, |v| v + 1.0)),
+        ("vae_legacy_names", "`out/enc/mid_attn`", &|parts| {
+            parts.change("encoder.mid_block.attentions.0.query.weight", 2, |v| v + 1.0)
+        }),
     ]);
 }
 
@@ -194,7 +220,9 @@ fn a_number_that_is_none_fails_and_is_named() {
         ("dit_cfg", "`in/a/x`", &nan("in/a/x")),
         ("sampling", "`out/p10_nocfg/samples`", &nan("out/p10_nocfg/samples")),
         ("vae_legacy_names", "`decoder.conv_out.bias`", &nan("decoder.conv_out.bias")),
-        ("training_losses", "`out/decoder_nll_bits`", &|parts| parts.change("out/decoder_nll_bits", 7, |_| f64::INFINITY)),
+        ("training_losses", "`out/decoder_nll_bits`", &|parts| {
+            parts.change("out/decoder_nll_bits", 7, |_| f64::INFINITY)
+        }),
     ]);
 }
 
@@ -203,11 +231,15 @@ fn a_specification_that_cannot_be_followed_fails_and_says_why() {
     let set = |key: &'static str, value: &'static str| move |parts: &mut Parts| parts.spec[key] = value.into();
     assert_all_fail(&[
         ("dit_forward", "kind `dit_backward` is unknown", &set("kind", "dit_backward")),
-        ("dit_forward", "neither `kind` nor `system`", &|parts| drop(parts.spec.as_object_mut().unwrap().remove("kind"))),
+        ("dit_forward", "neither `kind` nor `system`", &|parts| {
+            drop(parts.spec.as_object_mut().unwrap().remove("kind"))
+        }),
         ("dit_forward", "`model.num_heads` = many", &set("model.num_heads", "many")),
         ("dit_forward", "num_heads 5 does not divide", &set("model.num_heads", "5")),
         ("dit_forward", "`pos_embed` has shape [1, 16, 32], expected [1, 64, 32]", &set("model.input_size", "16")),
-        ("dit_forward", "`in/x`: found shape [5, 4, 4, 16]", &|parts| parts.tensors.get_mut("in/x").unwrap().1 = vec![5, 4, 4, 16]),
+        ("dit_forward", "`in/x`: found shape [5, 4, 4, 16]", &|parts| {
+            parts.tensors.get_mut("in/x").unwrap().1 = vec![5, 4, 4, 16]
+        }),
         ("training_losses", "`schedule` = squared", &set("schedule", "squared")),
         ("training_losses", "ddim64", &set("respacing", "ddim64")),
         ("train_lr1e-3", "final/", &set("lr", "2e-3")),

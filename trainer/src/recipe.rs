@@ -171,9 +171,14 @@ impl Recipe {
         Ok(Arc::new(Dit::new(self.model.clone())?))
     }
 
+    /// β of every original timestep.
+    pub fn betas(&self) -> Vec<f64> {
+        self.diffusion.schedule.betas(self.diffusion.timesteps)
+    }
+
     /// The training objective over all timesteps.
     pub fn build_objective(&self) -> Box<dyn Objective> {
-        let betas = self.diffusion.schedule.betas(self.diffusion.timesteps);
+        let betas = self.betas();
         let all: Vec<usize> = Respacing::All.kept(betas.len()).unwrap_or_default();
         match self.diffusion.objective {
             ObjectiveKind::Eps => {

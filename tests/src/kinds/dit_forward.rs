@@ -26,8 +26,23 @@ const FREQUENCY_DIM: i64 = 256;
 
 /// Intermediates that every bundle of this kind has, with `block{i}` of every block.
 const REQUIRED: [&str; 17] = [
-    "x_embed", "pos_embed", "tokens_in", "t_freq", "t_emb", "y_emb", "c", "block0_ada", "block0_norm1", "block0_qkv",
-    "block0_attn", "block0_mlp_act", "block0_mlp", "final_ada", "final_tokens", "output", "t_freq_fractional",
+    "x_embed",
+    "pos_embed",
+    "tokens_in",
+    "t_freq",
+    "t_emb",
+    "y_emb",
+    "c",
+    "block0_ada",
+    "block0_norm1",
+    "block0_qkv",
+    "block0_attn",
+    "block0_mlp_act",
+    "block0_mlp",
+    "final_ada",
+    "final_tokens",
+    "output",
+    "t_freq_fractional",
 ];
 
 fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
@@ -50,7 +65,8 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let c = model.config();
     found.insert("pos_embed".to_owned(), position_table(c.hidden_size, c.input_size / c.patch_size).unsqueeze(0));
     found.insert("t_freq_fractional".to_owned(), timestep_embedding(&t_fractional, FREQUENCY_DIM));
-    let recorded: Vec<String> = bundle.names().filter_map(|name| name.strip_prefix("out/")).map(str::to_owned).collect();
+    let recorded: Vec<String> =
+        bundle.names().filter_map(|name| name.strip_prefix("out/")).map(str::to_owned).collect();
     let mut odd_features = 0;
     let mut tables = 0;
     for name in &recorded {

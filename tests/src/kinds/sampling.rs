@@ -95,7 +95,8 @@ fn run_variant(
     let rows = start.size()[0];
     let noises = match variant.draws_noise {
         true => {
-            let shape: Vec<i64> = [steps as i64, rows].into_iter().chain(model.latent_shape().iter().copied()).collect();
+            let shape: Vec<i64> =
+                [steps as i64, rows].into_iter().chain(model.latent_shape().iter().copied()).collect();
             Some(bundle.floats(&format!("in/{name}/noises"), &shape)?)
         }
         false => None,
@@ -105,7 +106,8 @@ fn run_variant(
         Some(scale) => forward_with_cfg(model, weights, x, t, &labels, scale, GuidedChannels::FirstThree),
     };
     let unused_noise = start.zeros_like();
-    let mut noise = |step: usize| noises.as_ref().map_or_else(|| unused_noise.shallow_clone(), |all| all.get(step as i64));
+    let mut noise =
+        |step: usize| noises.as_ref().map_or_else(|| unused_noise.shallow_clone(), |all| all.get(step as i64));
     let (mut x_steps, mut predictions, mut model_t) = (Vec::new(), Vec::new(), Vec::new());
     let mut observe = |step: LoopStep| {
         x_steps.push(step.x.shallow_clone());

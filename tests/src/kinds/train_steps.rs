@@ -39,8 +39,11 @@ pub(super) const STEPS: Kind = Kind {
         let recording = Recording::read(bundle)?;
         let end = recording.train(Average { decay: 0.9999, from_zero: false })?;
         compare_losses(&recording, &end, report);
-        let prefixes: [(&str, StateOf); 3] =
-            [("final", |b, e| view_of(&b.params, e)), ("adam_m", |b, e| view_of(&b.exp_avg, e)), ("adam_v", |b, e| view_of(&b.exp_avg_sq, e))];
+        let prefixes: [(&str, StateOf); 3] = [
+            ("final", |b, e| view_of(&b.params, e)),
+            ("adam_m", |b, e| view_of(&b.exp_avg, e)),
+            ("adam_v", |b, e| view_of(&b.exp_avg_sq, e)),
+        ];
         for (prefix, state) in prefixes {
             compare_state(prefix, &end.buckets, state, prefix == "final", &recording, report);
         }
@@ -196,7 +199,8 @@ fn labels_after_dropout(bundle: &Bundle, name: &dyn Fn(&str) -> String, model: &
     let draws = values(&bundle.floats(&name("drop_u"), &[n])?);
     let probability = model.label_dropout() as f32;
     let null_label = model.null_label();
-    let expected = labels.iter().zip(draws).map(|(&label, u)| null_label.filter(|_| (u as f32) < probability).unwrap_or(label));
+    let expected =
+        labels.iter().zip(draws).map(|(&label, u)| null_label.filter(|_| (u as f32) < probability).unwrap_or(label));
     let expected: Vec<i64> = expected.collect();
     if expected == dropped {
         return Ok(dropped);
@@ -304,7 +308,14 @@ fn compare_losses(recording: &Recording, end: &End, report: &mut Report) {
 type StateOf = fn(&trainer::engine::bucket::Bucket, &Entry) -> Tensor;
 
 /// Compares one state of every parameter (frozen ones too when `with_frozen`) with the tensors below `prefix`.
-fn compare_state(prefix: &str, buckets: &Buckets, state: StateOf, with_frozen: bool, recording: &Recording, report: &mut Report) {
+fn compare_state(
+    prefix: &str,
+    buckets: &Buckets,
+    state: StateOf,
+    with_frozen: bool,
+    recording: &Recording,
+    report: &mut Report,
+) {
     for bucket in &buckets.0 {
         for entry in bucket.layout.entries.iter().filter(|entry| with_frozen || entry.spec.trainable) {
             let name = format!("{prefix}/{}", entry.name);

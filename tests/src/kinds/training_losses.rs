@@ -121,7 +121,12 @@ fn documented_bits(description: &str) -> Option<f64> {
 }
 
 /// True posterior and the model's, and the two candidates for the bound.
-fn compare_variational_parts(objective: &VariationalEps, noised: &Noised, output: &Tensor, likelihood: &mut Likelihood) {
+fn compare_variational_parts(
+    objective: &VariationalEps,
+    noised: &Noised,
+    output: &Tensor,
+    likelihood: &mut Likelihood,
+) {
     let Noised { x_start, x_t, t, .. } = noised;
     let tables = &objective.tables;
     let report = &mut *likelihood.report;

@@ -53,7 +53,16 @@ fn run(bundle: &Bundle, weights: HashMap<String, Tensor>, report: &mut Report) -
     // A recording has these intermediates at least, of the first two levels; others are compared where it has them.
     let levels = config.block_out_channels.len().min(2);
     let mut required: Vec<String> = (0..levels).flat_map(|i| [format!("enc/down{i}"), format!("dec/up{i}")]).collect();
-    let others = ["enc/conv_in", "enc/down0_resnet0", "enc/mid", "enc/conv_out", "enc/moments", "dec/conv_in", "dec/mid", "dec/post_quant"];
+    let others = [
+        "enc/conv_in",
+        "enc/down0_resnet0",
+        "enc/mid",
+        "enc/conv_out",
+        "enc/moments",
+        "dec/conv_in",
+        "dec/mid",
+        "dec/post_quant",
+    ];
     required.extend(others.map(str::to_owned));
     if config.mid_block_add_attention {
         required.push("enc/mid_attn".to_owned());
@@ -78,7 +87,8 @@ fn partner(bundle: &Bundle) -> Result<Bundle> {
     if let Some(named) = bundle.spec.text("inputs_from") {
         return bundle.sibling(&named);
     }
-    let config = |bundle: &Bundle| bundle.spec.text("vae_config").and_then(|text| serde_json::from_str::<Value>(&text).ok());
+    let config =
+        |bundle: &Bundle| bundle.spec.text("vae_config").and_then(|text| serde_json::from_str::<Value>(&text).ok());
     let fits = |other: &Bundle| other.spec.kind().is_ok_and(|kind| kind == "vae") && config(other) == config(bundle);
     let file_name = bundle.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let usual = file_name.replace("_legacy_names", "");
@@ -101,7 +111,10 @@ fn partner(bundle: &Bundle) -> Result<Bundle> {
     }
     match fitting.len() {
         1 => Ok(fitting.swap_remove(0)),
-        0 => Err(BundleError::Partner(format!("no bundle of kind `vae` with the same `vae_config` in {}", folder.display()))),
+        0 => Err(BundleError::Partner(format!(
+            "no bundle of kind `vae` with the same `vae_config` in {}",
+            folder.display()
+        ))),
         _ => {
             let names: Vec<String> = fitting.iter().map(|other| other.path.display().to_string()).collect();
             Err(BundleError::Partner(format!("{} fit; name one as `inputs_from` in the spec", names.join(", "))))

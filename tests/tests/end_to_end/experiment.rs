@@ -201,4 +201,3 @@ pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
 pub fn start(command: &mut Command) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
-

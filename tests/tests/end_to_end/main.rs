@@ -3,7 +3,7 @@
 
 mod bad_input;
 mod experiment;
-mod sampling;
 mod same_bits;
+mod sampling;
 mod stopping;
 mod telemetry;

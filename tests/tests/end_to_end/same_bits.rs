@@ -12,7 +12,8 @@ fn one_two_and_four_ranks_give_the_same_bits_and_the_same_losses() {
         let log = experiment.log(&run);
         assert_eq!(log[0]["world_size"], ranks);
         let steps = log.iter().filter(|event| event["event"] == "step");
-        let numbers: Vec<_> = steps.map(|e| serde_json::json!([e["step"], e["loss"], e["vb"], e["grad_norm"]])).collect();
+        let numbers: Vec<_> =
+            steps.map(|e| serde_json::json!([e["step"], e["loss"], e["vb"], e["grad_norm"]])).collect();
         assert_eq!(numbers.len(), 10);
         let found = (experiment.digest(&run), numbers);
         match &seen {

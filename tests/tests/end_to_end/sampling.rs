@@ -23,7 +23,9 @@ fn samples_depend_on_seed_labels_and_guidance_and_on_nothing_else() {
     experiment.train(1, "run", &["optimizer.lr=0.02"]);
     let first = sample(&experiment, "a.npz", &["--num", "6", "--grid", experiment.path("a.png").to_str().unwrap()]);
     assert_eq!(first, sample(&experiment, "b.npz", &["--num", "6"]));
-    for other in [["--seed", "1"], ["--labels", "2"], ["--cfg-scale", "3"], ["--sampler", "ddim"], ["--weights", "model"]] {
+    for other in
+        [["--seed", "1"], ["--labels", "2"], ["--cfg-scale", "3"], ["--sampler", "ddim"], ["--weights", "model"]]
+    {
         assert_ne!(first, sample(&experiment, "c.npz", &[&["--num", "6"], &other[..]].concat()), "{other:?}");
     }
     let grid = image_size(&fs::read(experiment.path("a.png")).unwrap());

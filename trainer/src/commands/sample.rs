@@ -4,7 +4,7 @@ use super::source;
 use crate::images::{Grid, ImageBatch, NpzWriter};
 use crate::model::{Model, WeightSet};
 use crate::recipe::Recipe;
-use crate::sampling::{Generator, GuidedChannels, SamplerKind};
+use crate::sampling::{Generator, GuidedChannels, SamplerKind, SamplingOptions};
 use crate::vae::AutoencoderKl;
 use anyhow::{Context, Result, bail};
 use checkpoint::CheckpointReader;
@@ -120,26 +120,21 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
         Section::Model => "model/",
     };
     let weights = load_weights(&reader, &*model, section, device)?;
-    let kind = match args.sampler {
-        Sampler::Ddpm => SamplerKind::Ddpm,
-        Sampler::Ddim => SamplerKind::Ddim,
+    let options = SamplingOptions {
+        kind: match args.sampler {
+            Sampler::Ddpm => SamplerKind::Ddpm,
+            Sampler::Ddim => SamplerKind::Ddim,
+        },
+        steps: args.steps,
+        cfg_scale: args.cfg_scale,
+        channels: match args.cfg_channels {
+            Channels::All => GuidedChannels::All,
+            Channels::FirstThree => GuidedChannels::FirstThree,
+        },
+        seed: args.seed,
     };
-    let channels = match args.cfg_channels {
-        Channels::All => GuidedChannels::All,
-        Channels::FirstThree => GuidedChannels::FirstThree,
-    };
-    let (diffusion, classes) = (&recipe.diffusion, recipe.model.num_classes);
-    let generator = Generator::new(
-        model,
-        diffusion.schedule,
-        diffusion.timesteps,
-        kind,
-        args.steps,
-        args.cfg_scale,
-        channels,
-        args.seed,
-        device,
-    )?;
+    let generator = Generator::new(model, &recipe.betas(), options, device)?;
+    let classes = recipe.model.num_classes;
     if let Some(label) = args.labels.iter().find(|label| !(0..classes).contains(label)) {
         bail!("--labels: {label} is no class; the checkpoint has 0 to {}", classes - 1);
     }

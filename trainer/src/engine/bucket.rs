@@ -154,12 +154,12 @@ impl Buckets {
 
     /// Everything zero, to be filled from a checkpoint.
     pub fn zeroed(model: &dyn Model, lanes: usize, block: LaneBlock, device: Device) -> Self {
-        let bucket = |segment: &Box<dyn Segment>| {
-            let layout = BucketLayout::new(&**segment, lanes);
+        let bucket = |segment: &dyn Segment| {
+            let layout = BucketLayout::new(segment, lanes);
             let shard = layout.shard(block);
-            Bucket::new(&**segment, layout, shard, device)
+            Bucket::new(segment, layout, shard, device)
         };
-        Self(model.segments().iter().map(bucket).collect())
+        Self(model.segments().iter().map(|segment| bucket(&**segment)).collect())
     }
 
     /// Elements of all buckets, padding included.

@@ -3,7 +3,7 @@
 
 use super::rank::Rank;
 use crate::images::{Grid, ImageBatch};
-use crate::sampling::{Generator, GuidedChannels, SamplerKind};
+use crate::sampling::{Generator, GuidedChannels, SamplerKind, SamplingOptions};
 use crate::vae::AutoencoderKl;
 use anyhow::{Context, Result};
 use configs::events::{Event, now};
@@ -25,21 +25,17 @@ impl SampleGrid {
         let sample = &rank.config.sample;
         let (Some(vae), true) = (&sample.vae, sample.every_steps > 0) else { return Ok(None) };
         let vae = AutoencoderKl::load(vae, rank.device).context("`sample.vae`")?;
-        let diffusion = &rank.recipe.diffusion;
-        let generator = Generator::new(
-            rank.stepper.model.clone(),
-            diffusion.schedule,
-            diffusion.timesteps,
-            match sample.sampler {
+        let options = SamplingOptions {
+            kind: match sample.sampler {
                 configs::Sampler::Ddim => SamplerKind::Ddim,
                 configs::Sampler::Ddpm => SamplerKind::Ddpm,
             },
-            sample.steps,
-            sample.cfg_scale,
-            GuidedChannels::All,
-            sample.seed,
-            rank.device,
-        )?;
+            steps: sample.steps,
+            cfg_scale: sample.cfg_scale,
+            channels: GuidedChannels::All,
+            seed: sample.seed,
+        };
+        let generator = Generator::new(rank.stepper.model.clone(), &rank.recipe.betas(), options, rank.device)?;
         let classes = rank.recipe.model.num_classes;
         let labels = (0..sample.num as i64).map(|number| number % classes).collect();
         Ok(Some(Self { generator, vae, labels, batch: sample.batch }))

@@ -130,16 +130,7 @@ impl Prepared {
         tch::set_num_interop_threads(1);
         ffi::set_deterministic()?;
         let device = choose_device(config.train.device, collective)?;
-        let columns = &config.data.columns;
-        let columns = data_loader::Columns {
-            latent: columns.latent.clone(),
-            latent_mean: columns.latent_mean.clone(),
-            latent_logvar: columns.latent_logvar.clone(),
-            latent_flipped: columns.latent_flipped.clone(),
-            label: columns.label.clone(),
-            id: columns.id.clone(),
-        };
-        let dataset = LatentDataset::open(&config.data.url, &columns).context("`data.url`")?;
+        let dataset = LatentDataset::open(&config.data.url, &config.data.columns).context("`data.url`")?;
         let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
         let recipe = Recipe::resolve(config, dataset.meta(), scaling_factor)?;
         if let (true, Some(vae)) = (config.sample.every_steps > 0, &config.sample.vae)

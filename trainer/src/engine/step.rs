@@ -21,8 +21,7 @@ impl Stepper {
         let mut losses = Vec::with_capacity(self.experiment.block.len);
         for lane in self.experiment.block.range() {
             let asked = Instant::now();
-            let batch =
-                next_batch().map_err(|source| StepError::Data { rank: self.collective.rank(), step, source })?;
+            let batch = self.data(step, next_batch())?;
             data_wait += asked.elapsed();
 
             let (x_start, labels) = self.to_device(&batch);

@@ -70,7 +70,7 @@ pub struct StepReport {
 #[allow(missing_docs)]
 pub enum StepError {
     #[error("rank {rank}, step {step}, phase data: {source}")]
-    Data { rank: usize, step: u64, source: DataError },
+    Data { rank: usize, step: u64, source: Box<DataError> },
     #[error("rank {rank}, step {step}, phase {phase}: {source}")]
     Torch { rank: usize, step: u64, phase: &'static str, source: TorchError },
     #[error("step {step}, phase {phase}: {source}")]
@@ -238,6 +238,10 @@ impl Stepper {
             op: "all_gather",
             reason: error.to_string(),
         })
+    }
+
+    pub(super) fn data<T>(&self, step: u64, result: Result<T, DataError>) -> Result<T, StepError> {
+        result.map_err(|source| StepError::Data { rank: self.collective.rank(), step, source: Box::new(source) })
     }
 
     pub(super) fn wire<T>(

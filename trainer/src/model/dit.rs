@@ -336,3 +336,50 @@ impl Segment for FinalLayer {
         Flow { state: vec![output], context: Vec::new() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Name, parameters with and without the position table, multiply-adds in millions, for 32×32×4 latents.
+    const SIZES: [(&str, usize, usize, f64); 12] = [
+        ("DiT-S/2", 32_963_360, 32_865_056, 6055.7),
+        ("DiT-S/4", 32_945_024, 32_920_448, 1412.6),
+        ("DiT-S/8", 33_148_160, 33_142_016, 358.0),
+        ("DiT-B/2", 130_512_416, 130_315_808, 23005.1),
+        ("DiT-B/4", 130_475_648, 130_426_496, 5565.2),
+        ("DiT-B/8", 130_881_536, 130_869_248, 1417.5),
+        ("DiT-L/2", 458_102_816, 457_840_672, 80697.6),
+        ("DiT-L/4", 458_053_760, 457_988_224, 19695.7),
+        ("DiT-L/8", 458_594_816, 458_578_432, 5011.4),
+        ("DiT-XL/2", 675_129_632, 674_834_720, 118_621.4),
+        ("DiT-XL/4", 675_074_432, 675_000_704, 29043.7),
+        ("DiT-XL/8", 675_683_072, 675_664_640, 7392.4),
+    ];
+
+    #[test]
+    fn all_twelve_presets_have_the_official_parameter_and_flop_counts() {
+        assert_eq!(configs::presets::ALL.len(), SIZES.len());
+        for (name, params, trainable, mega_macs) in SIZES {
+            let preset = configs::presets::by_name(name).expect(name);
+            let dit = Dit::new(DitConfig {
+                input_size: 32,
+                in_channels: 4,
+                patch_size: preset.patch_size as i64,
+                hidden_size: preset.hidden_size as i64,
+                depth: preset.depth as i64,
+                num_heads: preset.num_heads as i64,
+                mlp_ratio: 4.0,
+                class_dropout_prob: 0.1,
+                num_classes: 1000,
+                learn_sigma: true,
+            });
+            let dit = dit.expect(name);
+            assert_eq!(dit.numel(), params, "{name}");
+            let found: usize = dit.named_params().iter().filter(|(_, s)| s.trainable).map(|(_, s)| s.numel()).sum();
+            assert_eq!(found, trainable, "{name}");
+            let found = dit.macs_per_sample() as f64 / 1e6;
+            assert!((found - mega_macs).abs() < 0.051, "{name}: {found} million multiply-adds");
+        }
+    }
+}

@@ -111,11 +111,12 @@ pub trait Model: Send + Sync {
 
     /// Full names of all parameters with their declarations.
     fn named_params(&self) -> Vec<(String, ParamSpec)> {
-        let of_segment = |segment: &Box<dyn Segment>| {
-            let prefix = segment.prefix().to_owned();
-            segment.params().into_iter().map(move |spec| (format!("{prefix}{}", spec.name), spec))
-        };
-        self.segments().iter().flat_map(of_segment).collect()
+        let mut named = Vec::new();
+        for segment in self.segments() {
+            let prefix = segment.prefix();
+            named.extend(segment.params().into_iter().map(|spec| (format!("{prefix}{}", spec.name), spec)));
+        }
+        named
     }
 }
 
@@ -145,20 +146,19 @@ impl WeightSet {
                 None
             }
         };
-        let mut of_segment = |segment: &Box<dyn Segment>| {
-            let prefix = segment.prefix();
-            let params = segment.params();
-            Weights::new(
-                params
-                    .iter()
-                    .filter_map(|spec| Some((spec.name.clone(), take(format!("{prefix}{}", spec.name), spec)?))),
-            )
-        };
-        let set = Self(model.segments().iter().map(&mut of_segment).collect());
+        let mut segments = Vec::new();
+        for segment in model.segments() {
+            let mut found = Vec::new();
+            for spec in segment.params() {
+                let tensor = take(format!("{}{}", segment.prefix(), spec.name), &spec);
+                found.extend(tensor.map(|tensor| (spec.name, tensor)));
+            }
+            segments.push(Weights::new(found));
+        }
         let mut unknown: Vec<_> = tensors.into_keys().map(|name| format!("`{name}` is unknown")).collect();
         unknown.sort();
         problems.extend(unknown);
-        if problems.is_empty() { Ok(set) } else { Err(WeightsMismatch(problems.join("; "))) }
+        if problems.is_empty() { Ok(Self(segments)) } else { Err(WeightsMismatch(problems.join("; "))) }
     }
 
     /// One forward pass.

@@ -1,5 +1,5 @@
 use super::{Ddim, Ddpm, GuidedChannels, Sampler, forward_with_cfg, sample_loop};
-use crate::diffusion::{Respacing, RespacingError, Schedule, Tables};
+use crate::diffusion::{Respacing, RespacingError, Tables};
 use crate::model::{Model, WeightSet, no_probe};
 use data_loader::draws::{Key, Purpose, fill_normal};
 use std::sync::Arc;
@@ -14,42 +14,47 @@ pub enum SamplerKind {
     Ddim,
 }
 
+/// How samples are drawn.
+#[derive(Clone, Copy, Debug)]
+pub struct SamplingOptions {
+    /// The sampler.
+    pub kind: SamplerKind,
+    /// Denoising steps.
+    pub steps: usize,
+    /// Classifier-free guidance scale; 1 is none.
+    pub cfg_scale: f64,
+    /// What guidance acts on.
+    pub channels: GuidedChannels,
+    /// Seed of all noise.
+    pub seed: u64,
+}
+
 /// Draws samples whose content depends on the seed, each sample's number and its label, not on who draws them.
 pub struct Generator {
     model: Arc<dyn Model>,
     tables: Tables,
     sampler: Box<dyn Sampler>,
-    cfg_scale: f64,
-    channels: GuidedChannels,
-    seed: u64,
+    options: SamplingOptions,
     device: Device,
 }
 
 impl Generator {
-    /// A generator of `steps` denoising steps over a schedule of `timesteps`. A `cfg_scale` of 1 samples without
-    /// guidance.
+    /// A generator for a model that was trained on a diffusion with these `betas`.
     ///
     /// # Errors
-    /// When the steps do not fit the schedule.
-    #[allow(clippy::too_many_arguments)]
+    /// When the steps do not fit the diffusion.
     pub fn new(
         model: Arc<dyn Model>,
-        schedule: Schedule,
-        timesteps: usize,
-        kind: SamplerKind,
-        steps: usize,
-        cfg_scale: f64,
-        channels: GuidedChannels,
-        seed: u64,
+        betas: &[f64],
+        options: SamplingOptions,
         device: Device,
     ) -> Result<Self, RespacingError> {
-        let kept = Respacing::Sections(vec![steps]).kept(timesteps)?;
-        let tables = Tables::new(&schedule.betas(timesteps), &kept);
-        let sampler: Box<dyn Sampler> = match kind {
+        let kept = Respacing::Sections(vec![options.steps]).kept(betas.len())?;
+        let sampler: Box<dyn Sampler> = match options.kind {
             SamplerKind::Ddpm => Box::new(Ddpm::default()),
             SamplerKind::Ddim => Box::new(Ddim::default()),
         };
-        Ok(Self { model, tables, sampler, cfg_scale, channels, seed, device })
+        Ok(Self { model, tables: Tables::new(betas, &kept), sampler, options, device })
     }
 
     /// Latents (in the scale that the model was trained on) for samples number `first..first + labels.len()`.
@@ -63,19 +68,20 @@ impl Generator {
         let noise = |purpose: Purpose, step: usize| {
             let of_sample = |number: u64| {
                 let mut values = vec![0f32; model.latent_shape().iter().product::<i64>() as usize];
-                fill_normal(Key::new(self.seed, purpose, number).index(step as u64), &mut values);
+                fill_normal(Key::new(self.options.seed, purpose, number).index(step as u64), &mut values);
                 Tensor::from_slice(&values).view(model.latent_shape())
             };
             Tensor::stack(&numbers.clone().map(of_sample).collect::<Vec<_>>(), 0).to_device(self.device)
         };
         let y = Tensor::from_slice(labels).to_device(self.device);
-        let guided = model.null_label().filter(|_| self.cfg_scale != 1.0);
+        let guided = model.null_label().filter(|_| self.options.cfg_scale != 1.0);
         let denoise = |x: &Tensor, t: &Tensor| match guided {
             None => weights.forward(model, x, t, &y, &mut no_probe),
             Some(null_label) => {
                 let labels = Tensor::cat(&[&y, &y.full_like(null_label)], 0);
                 let (x, t) = (Tensor::cat(&[x, x], 0), Tensor::cat(&[t, t], 0));
-                let output = forward_with_cfg(model, weights, &x, &t, &labels, self.cfg_scale, self.channels);
+                let output =
+                    forward_with_cfg(model, weights, &x, &t, &labels, self.options.cfg_scale, self.options.channels);
                 output.narrow(0, 0, y.size()[0])
             }
         };

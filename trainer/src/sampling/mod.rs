@@ -4,6 +4,6 @@ mod generate;
 mod guidance;
 mod samplers;
 
-pub use generate::{Generator, SamplerKind};
+pub use generate::{Generator, SamplerKind, SamplingOptions};
 pub use guidance::{GuidedChannels, forward_with_cfg};
 pub use samplers::{Ddim, Ddpm, LoopStep, Sampler, sample_loop};
