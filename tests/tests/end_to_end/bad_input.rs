@@ -1,6 +1,6 @@
 //! Bad input: one clear error that names file or key, a non-zero exit, nothing committed is touched.
 
-use crate::experiment::{Experiment, Ran, binary, run, write_dataset};
+use crate::experiment::{Experiment, Ran, binary, finish, run, start, wait_until, write_dataset};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -114,4 +114,16 @@ fn a_store_that_cannot_be_written_is_refused_within_seconds() {
     let experiment = Experiment::new();
     fs::write(experiment.path("file"), "not a folder").unwrap();
     assert_refused(&run(&mut experiment.launcher(2, "file/run", &[])), &["file/run"]);
+}
+
+#[test]
+fn a_store_that_fails_while_the_run_goes_on_ends_it_with_one_error() {
+    let experiment = Experiment::new();
+    let long = ["train.steps=100000", "checkpoint.every_steps=20", "log.every_steps=20"];
+    let child = start(&mut experiment.launcher(2, "run", &long));
+    wait_until("a checkpoint", || experiment.log("run").iter().any(|event| event["event"] == "checkpoint"));
+    let checkpoints = experiment.path("run/checkpoints");
+    fs::rename(&checkpoints, experiment.path("moved")).unwrap();
+    fs::write(&checkpoints, "no folder any more").unwrap();
+    assert_refused(&finish(child), &["phase checkpoint", "shard-0000"]);
 }

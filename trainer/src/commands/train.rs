@@ -2,6 +2,8 @@
 
 use crate::engine::rank::Rank;
 use crate::engine::run::{Outcome, run};
+use crate::engine::saver::SaveFailed;
+use crate::engine::stepper::StepError;
 use anyhow::Result;
 use collective::Collective;
 use configs::{RunConfig, exit};
@@ -43,12 +45,24 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
     match run(&mut rank) {
         Ok(Outcome::Done) => Ok(exit::OK),
         Ok(Outcome::Stopped) => Ok(exit::RESUMABLE),
+        // Every rank has this very error: one speaks, and each can end by itself.
+        Err(error) if is_agreed(&error) => {
+            if collective.rank() == 0 {
+                report(&*collective, &error);
+            }
+            Ok(exit::FAILED)
+        }
+        // The other ranks may be waiting for this one.
         Err(error) => {
             report(&*collective, &error);
-            // The other ranks may be waiting for this one.
             collective.abort(exit::FAILED)
         }
     }
+}
+
+/// Whether all ranks came to this error together, after agreeing on what happened.
+fn is_agreed(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(StepError::NonFinite { .. })) || error.is::<SaveFailed>()
 }
 
 fn report(collective: &dyn Collective, error: &anyhow::Error) {

@@ -20,6 +20,8 @@ pub const COMMIT_FAILED: u32 = 4;
 pub struct Saver {
     collective: Arc<dyn Collective>,
     attempt: u32,
+    /// Step of the newest checkpoint that was begun.
+    step: u64,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     state: State,
@@ -45,6 +47,14 @@ enum Job {
     Commit { commit: Commit, result: Sender<Result<Manifest>> },
 }
 
+/// A checkpoint that failed on some rank; all ranks have agreed on it.
+#[derive(Debug, thiserror::Error)]
+#[error("step {step}, phase checkpoint: {reason}")]
+pub struct SaveFailed {
+    step: u64,
+    reason: String,
+}
+
 /// A checkpoint that was committed, as rank 0 learns it.
 pub struct Saved {
     /// Its step.
@@ -62,7 +72,7 @@ impl Saver {
         let (jobs, queue) = channel();
         let thread = std::thread::Builder::new().name("checkpoint".to_owned());
         let thread = thread.spawn(move || work(&store, keep_last, queue)).context("no thread for checkpoints")?;
-        Ok(Self { collective, attempt, jobs: Some(jobs), thread: Some(thread), state: State::Idle })
+        Ok(Self { collective, attempt, step: 0, jobs: Some(jobs), thread: Some(thread), state: State::Idle })
     }
 
     /// This rank's part of the next step's signal.
@@ -111,7 +121,7 @@ impl Saver {
         let (sender, result) = channel();
         let id = ShardId { attempt: self.attempt, step, rank, world_size };
         self.submit(Job::Upload { id, snapshot, result: sender })?;
-        self.state = State::Uploading { step, result, done: None };
+        (self.step, self.state) = (step, State::Uploading { step, result, done: None });
         Ok(earlier)
     }
 
@@ -137,7 +147,8 @@ impl Saver {
         let outcomes = self.collective.gather_bytes(outcome.as_bytes()).context("agreeing on a checkpoint")?;
         match outcomes.first() {
             Some(failure) if !failure.is_empty() => {
-                bail!("the checkpoint could not be committed: {}", String::from_utf8_lossy(failure))
+                let reason = format!("it could not be committed: {}", String::from_utf8_lossy(failure));
+                Err(SaveFailed { step: self.step, reason }.into())
             }
             _ => Ok(saved),
         }
@@ -157,7 +168,8 @@ impl Saver {
         let mut shards = Vec::new();
         for (rank, message) in self.collective.gather_bytes(&message)?.into_iter().enumerate() {
             if let Some(reason) = message.strip_prefix(b"!") {
-                bail!("rank {rank}, step {step}, phase checkpoint: {}", String::from_utf8_lossy(reason));
+                let reason = format!("rank {rank}: {}", String::from_utf8_lossy(reason));
+                return Err(SaveFailed { step, reason }.into());
             }
             shards.push(serde_json::from_slice::<ShardRecord>(&message).context("a shard record of another rank")?);
         }
