@@ -1,6 +1,6 @@
 //! MPI over CPU memory: data and control plane of a CPU run, control plane of a GPU run.
 //!
-//! One progress thread per process makes every MPI call after initialisation (so `MPI_THREAD_SERIALIZED` is enough):
+//! One progress thread per process makes every MPI call after initialisation (only `MPI_Abort` may come from elsewhere):
 //! it starts the non-blocking collective and polls it with a growing pause, so that data moves while the caller
 //! computes and an idle rank burns no core.
 
@@ -12,7 +12,7 @@ use std::mem::MaybeUninit;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const BACKEND: &str = "mpi";
 /// First pause between two polls; it doubles up to [`LONGEST_PAUSE`].
@@ -51,7 +51,7 @@ impl MpiCollective {
     /// [`CollectiveError::Init`] when MPI was initialised before or grants no threads.
     pub fn init(deadline: Duration) -> Result<Self, CollectiveError> {
         let failed = |reason: &str| CollectiveError::Init { backend: BACKEND, reason: reason.to_owned() };
-        let (universe, threading) = mpi::initialize_with_threading(mpi::Threading::Serialized)
+        let (universe, threading) = mpi::initialize_with_threading(mpi::Threading::Multiple)
             .ok_or_else(|| failed("it was initialised before in this process"))?;
         if threading < mpi::Threading::Serialized {
             return Err(failed("it does not allow calls from several threads (MPI_THREAD_SERIALIZED)"));
@@ -63,6 +63,13 @@ impl MpiCollective {
             ffi::MPI_Comm_size(ffi::RSMPI_COMM_WORLD, &mut world_size);
             ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN);
         }
+        let expected = world_size_of_environment();
+        if world_size as usize != expected {
+            return Err(failed(&format!(
+                "it sees {world_size} rank(s) where the launcher started {expected}: `mpirun` and the MPI library that this \
+                 program is linked with are different installations; use the mpirun of that library"
+            )));
+        }
         let in_place = if mpi::environment::library_version().is_ok_and(|v| v.contains("Open MPI")) { 1 } else { -1 };
         let earlier_hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
@@ -72,7 +79,9 @@ impl MpiCollective {
         let (requests, queue) = channel();
         let progress = std::thread::Builder::new()
             .name("mpi-progress".to_owned())
-            .spawn(move || Progress { rank: rank as usize, world_size, in_place, active: Vec::new() }.run(queue))
+            .spawn(move || {
+                Progress { rank: rank as usize, world_size, deadline, in_place, active: Vec::new() }.run(queue)
+            })
             .map_err(|error| failed(&format!("no progress thread: {error}")))?;
         Ok(Self {
             rank: rank as usize,
@@ -135,7 +144,8 @@ impl Drop for MpiCollective {
 }
 
 fn abort(code: i32) -> ! {
-    // SAFETY: MPI_Abort may be called at any time between initialisation and finalisation, from any thread.
+    // SAFETY: MPI is initialised (with MPI_THREAD_MULTIPLE where the library grants it, since the progress thread may be
+    // inside a call), and MPI_Abort does not return.
     unsafe { ffi::MPI_Abort(ffi::RSMPI_COMM_WORLD, code) };
     std::process::exit(code)
 }
@@ -144,6 +154,7 @@ fn abort(code: i32) -> ! {
 struct Progress {
     rank: usize,
     world_size: i32,
+    deadline: Duration,
     /// The address that means "in place": 1 for Open MPI, -1 for MPICH.
     in_place: isize,
     active: Vec<Active>,
@@ -173,11 +184,30 @@ impl Progress {
                     pause = SHORTEST_PAUSE;
                 }
                 Err(RecvTimeoutError::Timeout) => pause = (pause * 2).min(LONGEST_PAUSE),
-                // The collective is gone, and with it everyone who could wait.
-                Err(RecvTimeoutError::Disconnected) => return,
+                // The collective is gone, and with it everyone who could wait. What is on the wire still uses its
+                // buffers, so it is completed first.
+                Err(RecvTimeoutError::Disconnected) => return self.drain(),
             }
             if self.poll() {
                 pause = SHORTEST_PAUSE;
+            }
+        }
+    }
+
+    /// Completes what is on the wire, or ends the run when a partner does not come.
+    fn drain(mut self) {
+        let ended_by = Instant::now() + self.deadline;
+        while !self.active.is_empty() {
+            if Instant::now() > ended_by {
+                let open: Vec<_> = self.active.iter().map(|active| active.name).collect();
+                eprintln!(
+                    "mpi: rank {}: {open:?} did not complete within {:?}; ending the run",
+                    self.rank, self.deadline
+                );
+                abort(1);
+            }
+            if !self.poll() {
+                std::thread::sleep(LONGEST_PAUSE);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! A data set: the parquet files behind a URL, opened by their footers, read by rows.
 
+use sha2::{Digest, Sha256};
 use std::fmt;
 use std::sync::Arc;
 
@@ -212,6 +213,21 @@ impl LatentDataset {
     /// Names of the files, in data set order.
     pub fn files(&self) -> impl Iterator<Item = &str> {
         self.files.iter().map(|footer| footer.file.name.as_str())
+    }
+
+    /// SHA-256 of the file names (without folders) and the row groups' sizes, in order: what [`LatentDataset::schedule`]
+    /// depends on. Equal for a copy of the data set elsewhere.
+    pub fn layout_sha256(&self) -> String {
+        let mut digest = Sha256::new();
+        for name in self.files() {
+            digest.update(name.rsplit('/').next().unwrap_or(name));
+            digest.update([0]);
+        }
+        for group in &self.row_groups {
+            digest.update((group.file as u64).to_le_bytes());
+            digest.update(group.rows.to_le_bytes());
+        }
+        digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Deals this data set's rows.

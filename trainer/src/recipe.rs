@@ -3,8 +3,9 @@
 use crate::diffusion::{Objective, Respacing, Schedule, Tables, VariationalEps};
 use crate::model::Model;
 use crate::model::dit::{Dit, DitConfig};
+use crate::vae::AutoencoderKl;
 use configs::RunConfig;
-use data_loader::DatasetMeta;
+use data_loader::LatentDataset;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -54,6 +55,9 @@ pub struct DatasetRecord {
     pub scaling_factor: f64,
     /// Digest of the VAE that made the latents.
     pub vae_digest: Option<String>,
+    /// Digest of file names and row groups, which the order of rows depends on.
+    #[serde(default)]
+    pub layout_sha256: Option<String>,
 }
 
 /// Where the VAE is.
@@ -82,7 +86,8 @@ impl Recipe {
     ///
     /// # Errors
     /// [`RecipeError::Contradiction`] lists every key that contradicts the data set's metadata.
-    pub fn resolve(config: &RunConfig, meta: &DatasetMeta, scaling_factor: f64) -> Result<Self, RecipeError> {
+    pub fn resolve(config: &RunConfig, dataset: &LatentDataset, scaling_factor: f64) -> Result<Self, RecipeError> {
+        let meta = dataset.meta();
         let mut problems = Vec::new();
         let [channels, height, width] = meta.latent_shape[..] else {
             let problem =
@@ -140,6 +145,7 @@ impl Recipe {
                 latent_shape: meta.latent_shape.clone(),
                 scaling_factor,
                 vae_digest: meta.vae_digest.clone(),
+                layout_sha256: Some(dataset.layout_sha256()),
             },
             sample: SampleRecipe { vae: config.sample.vae.clone() },
         })
@@ -161,6 +167,25 @@ impl Recipe {
         record["model"]["num_classes"] = self.model.num_classes.into();
         record["dataset"] = serde_json::to_value(&self.dataset).unwrap_or_default();
         record
+    }
+
+    /// Compares a VAE with the latents of the data set; gives a warning where it may be the wrong one.
+    ///
+    /// # Errors
+    /// [`RecipeError::Contradiction`] when it cannot decode these latents at all.
+    pub fn check_vae(&self, vae: &AutoencoderKl) -> Result<Option<String>, RecipeError> {
+        let (found, expected) = (vae.config().latent_channels, self.model.in_channels);
+        if found != expected {
+            let problem =
+                format!("the VAE has {found} latent channels, the data set {expected}; give the VAE that made it");
+            return Err(RecipeError::Contradiction(vec![problem]));
+        }
+        Ok(match (vae.digest(), &self.dataset.vae_digest) {
+            (Some(found), Some(expected)) if found != expected => Some(format!(
+                "weights {found} are not those that made the latents ({expected}); right only for a retrained decoder"
+            )),
+            _ => None,
+        })
     }
 
     /// The model.

@@ -48,6 +48,10 @@ impl Faults {
         };
         let harmless = ["warning", "note", "info"].iter().any(|word| error.starts_with(word));
         let error = error.strip_prefix("error:").map_or(error, str::trim);
+        // One rank may speak for all; the message then begins with the rank that it is about.
+        let named = error.strip_prefix("rank ").and_then(|rest| rest.split_once(": "));
+        let named = named.and_then(|(rank, reason)| Some((rank.parse().ok()?, reason)));
+        let (rank, error) = named.unwrap_or((rank, error));
         if !harmless && !self.said.iter().any(|(known, _)| *known == rank) {
             self.said.push((rank, error.to_owned()));
         }

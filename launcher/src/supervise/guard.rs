@@ -18,7 +18,7 @@ use super::session;
 const ARGUMENT: &str = "--guard-session";
 /// What the launcher writes when nothing is left to guard.
 const RELEASE: &str = "released";
-/// How long a session whose launcher is gone may take to save and end by itself.
+/// How long a session whose launcher is gone may take to end by itself.
 const GRACE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(100);
 

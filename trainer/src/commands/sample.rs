@@ -59,7 +59,7 @@ pub struct SampleArgs {
     #[arg(long, default_value_t = 100)]
     grid_num: usize,
     /// CPU threads; all cores when not given.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]
     threads: Option<i32>,
     /// Where to compute.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
@@ -114,6 +114,9 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
     let recipe = Recipe::of_manifest(&reader.manifest().config)?;
     let vae = args.vae.as_ref().or(recipe.sample.vae.as_ref());
     let vae = AutoencoderKl::load(vae.context("the checkpoint records no VAE; give --vae DIR")?, device)?;
+    if let Some(warning) = recipe.check_vae(&vae)? {
+        eprintln!("trainer: warning: {warning}");
+    }
     let model = recipe.build_model()?;
     let section = match args.weights {
         Section::Ema => "ema/",
@@ -133,6 +136,9 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
         },
         seed: args.seed,
     };
+    if args.cfg_scale != 1.0 && model.null_label().is_none() {
+        bail!("the model was trained without label dropout, so there is no guidance; give --cfg-scale 1");
+    }
     let generator = Generator::new(model, &recipe.betas(), options, device)?;
     let classes = recipe.model.num_classes;
     if let Some(label) = args.labels.iter().find(|label| !(0..classes).contains(label)) {
@@ -141,45 +147,45 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
     let cycle = if args.labels.is_empty() { (0..classes).collect() } else { args.labels.clone() };
     let labels: Vec<i64> = cycle.iter().copied().cycle().take(args.num).collect();
 
-    let images = draw(&generator, &weights, &vae, &labels, args.batch, recipe.dataset.scaling_factor)?;
-    if let Some(path) = &args.out {
-        let mut npz = NpzWriter::create(path, images.count, images.height, images.width)?;
-        npz.push(&images)?;
-        npz.finish(Some(&labels))?;
-        println!("{} images: {}", images.count, path.display());
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} images  {per_sec}  eta {eta}")?;
+    let progress = ProgressBar::new(labels.len() as u64).with_style(style);
+    let mut npz = None;
+    let mut shown: Option<ImageBatch> = None;
+    for (number, of_batch) in labels.chunks(args.batch).enumerate() {
+        let latents = generator.latents(&weights, (number * args.batch) as u64, of_batch);
+        let images = ImageBatch::from_tensor(&vae.decode(&(latents / recipe.dataset.scaling_factor))?)?;
+        if let (Some(path), None) = (&args.out, &npz) {
+            npz = Some(NpzWriter::create(path, labels.len(), images.height, images.width)?);
+        }
+        if let Some(npz) = &mut npz {
+            npz.push(&images)?;
+        }
+        if args.grid.is_some() {
+            shown = Some(extended(shown, images, args.grid_num)?);
+        }
+        progress.inc(of_batch.len() as u64);
     }
-    if let Some(path) = &args.grid {
-        let shown = args.grid_num.clamp(1, images.count);
-        let pixels = images.pixels[..shown * images.channels * images.height * images.width].to_vec();
-        let first = ImageBatch::new([shown, images.channels, images.height, images.width], pixels)?;
-        Grid::new(&first, cycle.len().clamp(1, 10), 2)?.write(path)?;
-        println!("grid of {shown} images: {}", path.display());
+    progress.finish_and_clear();
+    if let (Some(npz), Some(path)) = (npz, &args.out) {
+        npz.finish(Some(&labels))?;
+        println!("{} images: {}", labels.len(), path.display());
+    }
+    if let (Some(shown), Some(path)) = (shown, &args.grid) {
+        Grid::new(&shown, cycle.len().clamp(1, 10), 2)?.write(path)?;
+        println!("grid of {} images: {}", shown.count, path.display());
     }
     Ok(())
 }
 
-fn draw(
-    generator: &Generator,
-    weights: &WeightSet,
-    vae: &AutoencoderKl,
-    labels: &[i64],
-    batch: usize,
-    scaling_factor: f64,
-) -> Result<ImageBatch> {
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} images  {per_sec}  eta {eta}")?;
-    let progress = ProgressBar::new(labels.len() as u64).with_style(style);
-    let mut pixels = Vec::new();
-    let mut size = [0; 3];
-    for (number, labels) in labels.chunks(batch).enumerate() {
-        let latents = generator.latents(weights, (number * batch) as u64, labels) / scaling_factor;
-        let images = ImageBatch::from_tensor(&vae.decode(&latents)?)?;
-        size = [images.channels, images.height, images.width];
-        pixels.extend(images.pixels);
-        progress.inc(labels.len() as u64);
-    }
-    progress.finish_and_clear();
-    let [channels, height, width] = size;
-    Ok(ImageBatch::new([labels.len(), channels, height, width], pixels)?)
+/// `shown` with more images, up to `limit` in all: only those of the grid are kept.
+fn extended(shown: Option<ImageBatch>, images: ImageBatch, limit: usize) -> Result<ImageBatch> {
+    let [channels, height, width] = [images.channels, images.height, images.width];
+    let mut pixels = shown.map(|shown| shown.pixels).unwrap_or_default();
+    pixels.extend(images.pixels);
+    let image = channels * height * width;
+    let count = (pixels.len() / image).min(limit.max(1));
+    pixels.truncate(count * image);
+    Ok(ImageBatch::new([count, channels, height, width], pixels)?)
 }
 
 /// The weights of one section of a checkpoint, without touching the others.

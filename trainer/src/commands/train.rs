@@ -1,6 +1,6 @@
 //! `trainer train`: one rank of a run, started by the launcher.
 
-use crate::engine::rank::Rank;
+use crate::engine::rank::{Agreed, Rank};
 use crate::engine::run::{Outcome, run};
 use crate::engine::saver::SaveFailed;
 use crate::engine::stepper::StepError;
@@ -32,29 +32,20 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let collective = collective::from_environment(Duration::from_secs(config.collective.timeout_s))?;
     let collective: Arc<dyn Collective> = collective.into();
-    let mut rank = match Rank::set_up(config, collective.clone()) {
-        Ok(rank) => rank,
-        // All ranks have agreed on this failure, so each can end by itself and one speaks.
-        Err(error) => {
-            if collective.rank() == 0 {
-                report(&*collective, &error);
-            }
-            return Ok(exit::FAILED);
-        }
-    };
-    match run(&mut rank) {
+    let outcome = Rank::set_up(config, collective.clone()).and_then(|mut rank| run(&mut rank));
+    match outcome {
         Ok(Outcome::Done) => Ok(exit::OK),
         Ok(Outcome::Stopped) => Ok(exit::RESUMABLE),
         // Every rank has this very error: one speaks, and each can end by itself.
         Err(error) if is_agreed(&error) => {
             if collective.rank() == 0 {
-                report(&*collective, &error);
+                eprintln!("trainer: error: {error:#}");
             }
             Ok(exit::FAILED)
         }
         // The other ranks may be waiting for this one.
         Err(error) => {
-            report(&*collective, &error);
+            eprintln!("trainer: error: rank {}: {error:#}", collective.rank());
             collective.abort(exit::FAILED)
         }
     }
@@ -62,11 +53,9 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
 
 /// Whether all ranks came to this error together, after agreeing on what happened.
 fn is_agreed(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(StepError::NonFinite { .. })) || error.is::<SaveFailed>()
-}
-
-fn report(collective: &dyn Collective, error: &anyhow::Error) {
-    eprintln!("trainer: error: rank {}: {error:#}", collective.rank());
+    matches!(error.downcast_ref(), Some(StepError::NonFinite { .. }))
+        || error.is::<SaveFailed>()
+        || error.is::<Agreed>()
 }
 
 fn end_with_parent() {

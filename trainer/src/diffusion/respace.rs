@@ -67,6 +67,9 @@ impl Respacing {
                 .map(|stride| (0..timesteps).step_by(stride).collect())
                 .ok_or(RespacingError::NoStride { steps: *steps, timesteps }),
             Respacing::Sections(counts) => {
+                if counts.is_empty() || counts.contains(&0) {
+                    return Err(RespacingError::Form("0".to_owned()));
+                }
                 let (length, longer) = (timesteps / counts.len(), timesteps % counts.len());
                 let mut start = 0;
                 let mut kept = Vec::new();

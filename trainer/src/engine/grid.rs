@@ -3,10 +3,15 @@
 
 use super::rank::Rank;
 use crate::images::{Grid, ImageBatch};
+use crate::model::Model;
+use crate::recipe::Recipe;
 use crate::sampling::{Generator, GuidedChannels, SamplerKind, SamplingOptions};
 use crate::vae::AutoencoderKl;
 use anyhow::{Context, Result};
+use configs::RunConfig;
 use configs::events::{Event, now};
+use std::sync::Arc;
+use tch::Device;
 
 /// Draws the same grid again and again as the weights change.
 pub struct SampleGrid {
@@ -21,10 +26,18 @@ impl SampleGrid {
     ///
     /// # Errors
     /// When the VAE cannot be loaded.
-    pub fn from_config(rank: &Rank) -> Result<Option<Self>> {
-        let sample = &rank.config.sample;
+    pub fn from_config(
+        config: &RunConfig,
+        recipe: &Recipe,
+        model: Arc<dyn Model>,
+        device: Device,
+    ) -> Result<Option<Self>> {
+        let sample = &config.sample;
         let (Some(vae), true) = (&sample.vae, sample.every_steps > 0) else { return Ok(None) };
-        let vae = AutoencoderKl::load(vae, rank.device).context("`sample.vae`")?;
+        let vae = AutoencoderKl::load(vae, device).context("`sample.vae`")?;
+        if let Some(warning) = recipe.check_vae(&vae).context("`sample.vae`")? {
+            eprintln!("trainer: warning: `sample.vae`: {warning}");
+        }
         let options = SamplingOptions {
             kind: match sample.sampler {
                 configs::Sampler::Ddim => SamplerKind::Ddim,
@@ -35,8 +48,8 @@ impl SampleGrid {
             channels: GuidedChannels::All,
             seed: sample.seed,
         };
-        let generator = Generator::new(rank.stepper.model.clone(), &rank.recipe.betas(), options, rank.device)?;
-        let classes = rank.recipe.model.num_classes;
+        let generator = Generator::new(model, &recipe.betas(), options, device)?;
+        let classes = recipe.model.num_classes;
         let labels = (0..sample.num as i64).map(|number| number % classes).collect();
         Ok(Some(Self { generator, vae, labels, batch: sample.batch }))
     }
@@ -45,7 +58,7 @@ impl SampleGrid {
     ///
     /// # Errors
     /// What the collective, the VAE or the journal reports.
-    pub fn draw(&mut self, rank: &mut Rank, step: u64) -> Result<()> {
+    pub fn draw(&self, rank: &mut Rank, step: u64) -> Result<()> {
         let weights = rank.stepper.gather_ema()?;
         let (mine, world_size) = (rank.collective.rank(), rank.collective.world_size());
         let scaling_factor = rank.recipe.dataset.scaling_factor;

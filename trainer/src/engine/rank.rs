@@ -1,6 +1,7 @@
 //! Sets up one rank: the only place of construction order.
 
 use super::bucket::Buckets;
+use super::grid::SampleGrid;
 use super::optimizer::{LrDecay, LrSchedule, Optimizer};
 use super::saver::{Saver, restore};
 use super::stepper::{Experiment, Stepper};
@@ -45,6 +46,8 @@ pub struct Rank {
     pub saver: Saver,
     /// What people see; rank 0 only.
     pub journal: Option<Journal>,
+    /// Sample grids, where the config asks for them.
+    pub grid: Option<SampleGrid>,
     /// Stop requests.
     pub stop: StopFlag,
 }
@@ -70,16 +73,18 @@ impl Rank {
     /// before config, data set and checkpoint are known to fit together.
     ///
     /// # Errors
-    /// What is wrong, the same on every rank, so that one of them can say it.
+    /// [`Agreed`] where all ranks know it, so that one of them can say it; others concern this rank alone.
     pub fn set_up(config: RunConfig, collective: Arc<dyn Collective>) -> Result<Self> {
         let stop = StopFlag::install().context("installing signal handlers")?;
         let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
         let Prepared { recipe, device, dataset, block, store } = prepared;
         let record = recipe.record(&config);
+        compare_records(&*collective, &record)?;
+        let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
+        let grid = agree(&*collective, SampleGrid::from_config(&config, &recipe, model.clone(), device))?;
         let Start { manifest, attempt } = decide_start(&config, &record, &*collective, &store)?;
         let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
 
-        let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
         let lanes = config.train.lanes;
         let buckets = match &manifest {
             None => Ok(Buckets::initialise(&*model, lanes, block, config.seed, device)),
@@ -101,7 +106,7 @@ impl Rank {
         let (batches, steps_per_epoch) = agree(&*collective, data)?;
         let saver = Saver::start(collective.clone(), store, attempt, config.checkpoint.keep_last)?;
         let journal = match collective.rank() {
-            0 => Journal::open(&config.run.url, attempt, config.log.tensorboard).map(Some),
+            0 => Journal::open(&config.run.url, attempt, done, config.log.tensorboard).map(Some),
             _ => Ok(None),
         };
         let journal = agree(&*collective, journal.map_err(Into::into))?;
@@ -118,6 +123,7 @@ impl Rank {
             stepper,
             saver,
             journal,
+            grid,
             stop,
         })
     }
@@ -132,31 +138,36 @@ impl Prepared {
         let device = choose_device(config.train.device, collective)?;
         let dataset = LatentDataset::open(&config.data.url, &config.data.columns).context("`data.url`")?;
         let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
-        let recipe = Recipe::resolve(config, dataset.meta(), scaling_factor)?;
-        if let (true, Some(vae)) = (config.sample.every_steps > 0, &config.sample.vae)
-            && !vae.join("config.json").is_file()
-        {
-            bail!(
-                "`sample.vae` = {}: no config.json there; give an AutoencoderKL folder or set sample.every_steps = 0",
-                vae.display()
-            );
-        }
+        let recipe = Recipe::resolve(config, &dataset, scaling_factor)?;
         let store = RunStore::open(&config.run.url).context("`run.url`")?;
         Ok(Self { recipe, device, dataset: Arc::new(dataset), block, store })
     }
+}
+
+/// A failure that all ranks have learnt of together; it begins with the rank whose it is.
+#[derive(Debug, thiserror::Error)]
+#[error("rank {rank}: {reason}")]
+pub struct Agreed {
+    rank: usize,
+    reason: String,
 }
 
 /// Lets all ranks learn whether each of them succeeded; the first failure becomes the error of all.
 fn agree<T>(collective: &dyn Collective, mine: Result<T>) -> Result<T> {
     let message = mine.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
     let all = collective.gather_bytes(message.as_bytes()).context("agreeing on the start")?;
-    match (mine, all.iter().position(|message| !message.is_empty())) {
-        (Ok(value), None) => Ok(value),
-        // The whole chain of causes is this rank's own.
-        (Err(error), Some(rank)) if rank == collective.rank() => Err(error),
-        (_, Some(rank)) => bail!("rank {rank}: {}", String::from_utf8_lossy(&all[rank])),
-        (Err(error), None) => Err(error),
+    match all.iter().position(|message| !message.is_empty()) {
+        None => mine,
+        Some(rank) => Err(Agreed { rank, reason: String::from_utf8_lossy(&all[rank]).into_owned() }.into()),
     }
+}
+
+/// Refuses to start unless all ranks have read the same config and found the same files.
+fn compare_records(collective: &dyn Collective, record: &Value) -> Result<()> {
+    let all = collective.gather_bytes(record.to_string().as_bytes()).context("agreeing on the start")?;
+    let Some(rank) = all.iter().position(|other| *other != all[0]) else { return Ok(()) };
+    let reason = "it has read another config or found other data files than rank 0; are they still being written?";
+    Err(Agreed { rank, reason: reason.to_owned() }.into())
 }
 
 fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result<Device> {

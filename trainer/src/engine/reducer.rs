@@ -67,7 +67,11 @@ impl Reducer {
                     sum_blocks(&slot.received, collective.world_size())
                 }
                 State::Local(block) => block,
-                State::Idle => slot.received.shallow_clone(),
+                State::Idle => {
+                    let (rank, op) = (collective.rank(), "all_to_all");
+                    let reason = "a bucket was never handed to the reducer".to_owned();
+                    return Err(CollectiveError::Backend { rank, op, reason });
+                }
             };
             root *= scale;
             Ok(root)

@@ -1,6 +1,5 @@
 //! The training loop: resume, step, log, sample, checkpoint, stop.
 
-use super::grid::SampleGrid;
 use super::rank::Rank;
 use super::saver::Saved;
 use super::stepper::StepReport;
@@ -29,7 +28,6 @@ pub enum Outcome {
 pub fn run(rank: &mut Rank) -> Result<Outcome> {
     let steps = rank.config.train.steps;
     let mut meter = Meter::start(rank);
-    let mut grid = SampleGrid::from_config(rank)?;
     rank.tell(|rank| Event::Start {
         attempt: rank.attempt,
         resumed_from: rank.resumed_from,
@@ -51,10 +49,14 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         }
         let saved = rank.saver.advance(&report.signals, &rank.record)?;
         rank.announce(saved)?;
-        if let Some(grid) = grid.as_mut().filter(|_| due(rank.config.sample.every_steps)) {
+        if due(rank.config.sample.every_steps)
+            && let Some(grid) = rank.grid.take()
+        {
             grid.draw(rank, step)?;
+            rank.grid = Some(grid);
         }
         if due(rank.config.checkpoint.every_steps) || stop {
+            rank.stepper.wait_for_all_weights()?;
             let saved = rank.saver.save(step, &rank.stepper.buckets, &rank.record)?;
             rank.announce(saved)?;
         }
@@ -67,6 +69,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
             return Ok(Outcome::Stopped);
         }
     }
+    rank.stepper.wait_for_all_weights()?;
     let saved = rank.saver.finish(&rank.record)?;
     rank.announce(saved)?;
     rank.tell(|_| Event::Done { step: steps, time: now() })?;
@@ -84,7 +87,7 @@ impl Rank {
         if let Some(journal) = &mut self.journal {
             journal.event(&event)?;
             if !matches!(event, Event::Step { .. }) {
-                journal.sync()?;
+                journal.sync();
             }
         }
         Ok(())
@@ -99,7 +102,7 @@ impl Rank {
     }
 }
 
-/// Rates between two log lines, and the loss averaged over the steps between them.
+/// Rates between two log lines.
 struct Meter {
     since: Instant,
     steps: u64,

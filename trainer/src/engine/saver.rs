@@ -49,8 +49,9 @@ enum Job {
 
 /// A checkpoint that failed on some rank; all ranks have agreed on it.
 #[derive(Debug, thiserror::Error)]
-#[error("step {step}, phase checkpoint: {reason}")]
+#[error("rank {rank}: step {step}, phase checkpoint: {reason}")]
 pub struct SaveFailed {
+    rank: usize,
     step: u64,
     reason: String,
 }
@@ -148,7 +149,7 @@ impl Saver {
         match outcomes.first() {
             Some(failure) if !failure.is_empty() => {
                 let reason = format!("it could not be committed: {}", String::from_utf8_lossy(failure));
-                Err(SaveFailed { step: self.step, reason }.into())
+                Err(SaveFailed { rank: 0, step: self.step, reason }.into())
             }
             _ => Ok(saved),
         }
@@ -168,8 +169,8 @@ impl Saver {
         let mut shards = Vec::new();
         for (rank, message) in self.collective.gather_bytes(&message)?.into_iter().enumerate() {
             if let Some(reason) = message.strip_prefix(b"!") {
-                let reason = format!("rank {rank}: {}", String::from_utf8_lossy(reason));
-                return Err(SaveFailed { step, reason }.into());
+                let reason = String::from_utf8_lossy(reason).into_owned();
+                return Err(SaveFailed { rank, step, reason }.into());
             }
             shards.push(serde_json::from_slice::<ShardRecord>(&message).context("a shard record of another rank")?);
         }

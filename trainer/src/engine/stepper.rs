@@ -65,7 +65,7 @@ pub struct StepReport {
     pub signals: Vec<u32>,
 }
 
-/// Why a step was not made. Weights, moments and EMA are those of the step before.
+/// Why a step was not made. Except in phase `update`, weights, moments and EMA are those of the step before.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum StepError {
@@ -76,10 +76,10 @@ pub enum StepError {
     #[error("step {step}, phase {phase}: {source}")]
     Collective { step: u64, phase: &'static str, source: CollectiveError },
     #[error(
-        "step {step}: {what} is not finite; nothing was updated. Lower `optimizer.lr`, or look at the data of that lane \
+        "{who}step {step}: {what} is not finite; nothing was updated. Lower `optimizer.lr`, or look at the data of that lane \
          (`latents verify`); the run resumes from its last checkpoint"
     )]
-    NonFinite { step: u64, what: String },
+    NonFinite { who: String, step: u64, what: String },
 }
 
 impl Stepper {
@@ -175,13 +175,13 @@ impl Stepper {
 
         let culprit = (0..lanes).find(|&lane| !loss_of(lane, 0).is_finite());
         if let Some(lane) = culprit {
-            let what = format!("the loss of lane {lane} (rank {}) is {}, which", rank_of(lane), loss_of(lane, 0));
-            return Err(StepError::NonFinite { step, what });
+            let what = format!("the loss of lane {lane} is {}, which", loss_of(lane, 0));
+            return Err(StepError::NonFinite { who: format!("rank {}: ", rank_of(lane)), step, what });
         }
         if let Some(bucket) = bucket_squares.iter().position(|square| !square.is_finite()) {
             let name = &self.buckets.0[bucket].layout.entries[0].name;
             let what = format!("the gradient in the segment of `{name}`");
-            return Err(StepError::NonFinite { step, what });
+            return Err(StepError::NonFinite { who: String::new(), step, what });
         }
         Ok(StepReport {
             loss: mean(0),
@@ -215,6 +215,14 @@ impl Stepper {
             Some(gather) => gather.wait(self.collective.deadline()).map(|_| ()),
             None => Ok(()),
         }
+    }
+
+    /// Waits until all weights are complete on this rank.
+    ///
+    /// # Errors
+    /// See [`Pending::wait`].
+    pub fn wait_for_all_weights(&mut self) -> Result<(), CollectiveError> {
+        (0..self.gathers.len()).try_for_each(|index| self.wait_for_weights(index))
     }
 
     /// The whole EMA on every rank, for sampling. All ranks call it together.

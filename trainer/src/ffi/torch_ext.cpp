@@ -79,6 +79,8 @@ char* ditharos_set_deterministic() {
     context.setDeterministicFillUninitializedMemory(false);
     context.setBenchmarkCuDNN(false);
     context.setDeterministicCuDNN(true);
+    context.setAllowTF32CuBLAS(false);
+    context.setAllowTF32CuDNN(false);
   });
 }
 

@@ -64,6 +64,9 @@ impl DitConfig {
         );
         require(hidden_size % 4 == 0, format!("hidden_size {hidden_size} is not a multiple of 4"));
         require(self.depth > 0 && self.in_channels > 0, "depth and in_channels must be positive".to_owned());
+        let mlp_hidden = self.mlp_hidden();
+        let sane = (1..=1 << 24).contains(&mlp_hidden);
+        require(sane, format!("mlp_ratio {} gives an MLP {mlp_hidden} wide", self.mlp_ratio));
         require(self.num_classes > 0, "num_classes must be positive".to_owned());
         require(
             (0.0..=1.0).contains(&self.class_dropout_prob),

@@ -39,16 +39,16 @@ pub struct Journal {
 const LOG: &str = "log.jsonl";
 
 impl Journal {
-    /// Opens the sinks of `attempt` in the run folder at `url`.
+    /// Opens the sinks of `attempt`, which continues after step `done`, in the run folder at `url`.
     ///
     /// # Errors
     /// [`RunFilesError`].
-    pub fn open(url: &str, attempt: u32, tensorboard: bool) -> Result<Self, RunFilesError> {
+    pub fn open(url: &str, attempt: u32, done: u64, tensorboard: bool) -> Result<Self, RunFilesError> {
         let files = RunFiles::open(url, &[LOG])?;
         let json = std::env::var(EVENTS_VARIABLE).is_ok_and(|value| value == EVENTS_STDOUT);
-        let mut sinks: Vec<Box<dyn LogSink>> = vec![Box::new(JsonLines(files.append(LOG)?)), Box::new(Stdout { json })];
+        let mut sinks: Vec<Box<dyn LogSink>> = vec![Box::new(JsonLines::open(&files)?), Box::new(Stdout { json })];
         if tensorboard {
-            sinks.push(Box::new(TensorBoard::create(&files, attempt)?));
+            sinks.push(Box::new(TensorBoard::create(&files, attempt, done)?));
         }
         Ok(Self { files, sinks })
     }
@@ -77,12 +77,23 @@ impl Journal {
         self.files.write(name, png)
     }
 
-    /// Brings a remote run folder up to date.
-    ///
-    /// # Errors
-    /// [`RunFilesError`].
-    pub fn sync(&mut self) -> Result<(), RunFilesError> {
-        self.files.sync()
+    /// Brings a remote run folder up to date. The log is no part of the run's state: what cannot be uploaded now is
+    /// uploaded next time, with a warning.
+    pub fn sync(&mut self) {
+        if let Err(error) = self.files.sync() {
+            eprintln!("trainer: warning: the log was not uploaded: {error}");
+        }
+    }
+}
+
+impl JsonLines {
+    /// A process that died while writing may have left half a line; the next one starts on a line of its own.
+    fn open(files: &RunFiles) -> Result<Self, RunFilesError> {
+        let mut file = files.append(LOG)?;
+        if !files.ends_with_newline(LOG)? {
+            file.write_all(b"\n").map_err(|error| RunFilesError::of(LOG, error))?;
+        }
+        Ok(Self(file))
     }
 }
 

@@ -2,8 +2,13 @@ use configs::location::{local_path, redact};
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Longest time for one upload of a log or image.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Files of the run folder that grow or are looked at while the run goes on (logs, images), as opposed to checkpoints.
 ///
@@ -55,7 +60,9 @@ impl RunFiles {
         let shown = redact(url);
         let refused = |error: &dyn std::fmt::Display| failed(&shown, error);
         let parsed = url::Url::parse(url).map_err(|error| refused(&error))?;
-        let environment = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
+        let ours = |key: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| key.starts_with(prefix));
+        let environment = std::env::vars().filter(|(key, _)| ours(key));
+        let environment = environment.map(|(key, value)| (key.to_ascii_lowercase(), value));
         let (store, prefix) = object_store::parse_url_opts(&parsed, environment).map_err(|error| refused(&error))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.map_err(|error| refused(&error))?;
@@ -87,6 +94,24 @@ impl RunFiles {
         OpenOptions::new().create(true).append(true).open(&path).map_err(|error| failed(&path, error))
     }
 
+    /// Whether `name` is empty or its last byte ends a line.
+    ///
+    /// # Errors
+    /// [`RunFilesError`].
+    pub fn ends_with_newline(&self, name: &str) -> Result<bool, RunFilesError> {
+        let path = self.local(name)?;
+        let last_byte = || {
+            let mut file = File::open(&path)?;
+            if file.seek(SeekFrom::End(0))? == 0 {
+                return Ok(b'\n');
+            }
+            file.seek(SeekFrom::End(-1))?;
+            let mut last = [0];
+            file.read_exact(&mut last).map(|()| last[0])
+        };
+        Ok(last_byte().map_err(|error: std::io::Error| failed(&path, error))? == b'\n')
+    }
+
     /// Writes `name` as a whole and gives its place.
     ///
     /// # Errors
@@ -116,7 +141,9 @@ impl RunFiles {
             let bytes = fs::read(self.folder.join(&name)).map_err(|error| failed(&self.folder, error))?;
             let path = remote.path(&name);
             let put = remote.store.put(&path, PutPayload::from(bytes));
-            remote.runtime.block_on(put).map_err(|error| failed(&remote.url, error))?;
+            let put = async { tokio::time::timeout(UPLOAD_TIMEOUT, put).await };
+            let put = remote.runtime.block_on(put).map_err(|_| failed(&remote.url, "an upload took too long"))?;
+            put.map_err(|error| failed(&remote.url, error))?;
             match known {
                 Some(i) => remote.uploaded[i].1 = length,
                 None => remote.uploaded.push((name, length)),

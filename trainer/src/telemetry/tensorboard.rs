@@ -26,7 +26,19 @@ struct EventRecord {
     file_version: Option<String>,
     #[prost(message, optional, tag = "5")]
     summary: Option<Summary>,
+    #[prost(message, optional, tag = "7")]
+    session_log: Option<SessionLog>,
 }
+
+/// Tells a reader that earlier files' records from this step on were lost with the process that wrote them.
+#[derive(Clone, PartialEq, Message)]
+struct SessionLog {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+/// `SessionLog.START`.
+const SESSION_START: i32 = 1;
 
 #[derive(Clone, PartialEq, Message)]
 struct Summary {
@@ -57,26 +69,29 @@ struct SummaryImage {
 }
 
 impl TensorBoard {
-    /// A new event file of `attempt` in the run folder.
+    /// A new event file of `attempt`, which continues after step `done`, in the run folder.
     ///
     /// # Errors
     /// [`RunFilesError`].
-    pub fn create(files: &RunFiles, attempt: u32) -> Result<Self, RunFilesError> {
+    pub fn create(files: &RunFiles, attempt: u32, done: u64) -> Result<Self, RunFilesError> {
         // TensorBoard reads the files of a folder in the order of their names.
         let name = format!("tensorboard/events.out.tfevents.{:010}.attempt-{attempt:04}", now() as u64);
         let mut board = Self { file: files.append(&name)?, name };
-        board.record(0, Some("brain.Event:2".to_owned()), Vec::new())?;
+        let version = Some("brain.Event:2".to_owned());
+        board.write(&EventRecord { wall_time: now(), file_version: version, ..Default::default() })?;
+        let session_log = Some(SessionLog { status: SESSION_START });
+        let step = done as i64 + 1;
+        board.write(&EventRecord { wall_time: now(), step, session_log, ..Default::default() })?;
         Ok(board)
     }
 
-    fn record(
-        &mut self,
-        step: u64,
-        file_version: Option<String>,
-        value: Vec<SummaryValue>,
-    ) -> Result<(), RunFilesError> {
-        let summary = (!value.is_empty()).then_some(Summary { value });
-        let data = EventRecord { wall_time: now(), step: step as i64, file_version, summary }.encode_to_vec();
+    fn record(&mut self, step: u64, value: Vec<SummaryValue>) -> Result<(), RunFilesError> {
+        let summary = Some(Summary { value });
+        self.write(&EventRecord { wall_time: now(), step: step as i64, summary, ..Default::default() })
+    }
+
+    fn write(&mut self, record: &EventRecord) -> Result<(), RunFilesError> {
+        let data = record.encode_to_vec();
         let length = (data.len() as u64).to_le_bytes();
         let mut framed = Vec::with_capacity(data.len() + 16);
         framed.extend(length);
@@ -111,12 +126,12 @@ impl LogSink for TensorBoard {
         let value = |(tag, value): (&str, Option<f64>)| {
             Some(SummaryValue { tag: tag.to_owned(), simple_value: Some(value? as f32), image: None })
         };
-        self.record(*step, None, scalars.into_iter().filter_map(value).collect())
+        self.record(*step, scalars.into_iter().filter_map(value).collect())
     }
 
     fn image(&mut self, step: u64, tag: &str, png: &[u8], size: (usize, usize)) -> Result<(), RunFilesError> {
         let (width, height) = (size.0 as i32, size.1 as i32);
         let image = SummaryImage { height, width, colorspace: 3, encoded_image_string: png.to_vec() };
-        self.record(step, None, vec![SummaryValue { tag: tag.to_owned(), simple_value: None, image: Some(image) }])
+        self.record(step, vec![SummaryValue { tag: tag.to_owned(), simple_value: None, image: Some(image) }])
     }
 }
