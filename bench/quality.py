@@ -212,7 +212,7 @@ def main():
     parser.add_argument("--num", type=int, default=1000, help="samples to draw, equally many per class; 0 tests the judge alone")
     parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--cfg-scale", type=float, default=2.0)
+    parser.add_argument("--cfg-scale", type=float, default=1.3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--npz", type=pathlib.Path, help="judge these samples instead")
     parser.add_argument("--images", type=pathlib.Path, default="/usr/share/datasets/fashion-mnist", help="folder of the real images' four IDX files")

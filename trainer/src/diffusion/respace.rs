@@ -119,5 +119,6 @@ mod tests {
         for wrong in ["0", "ddim", "-3", "ten", "10,,2"] {
             assert!(matches!(kept(wrong), Err(RespacingError::Form(_))), "{wrong}");
         }
+        assert!(Respacing::Sections(vec![0]).kept(1000).is_err());
     }
 }

@@ -113,3 +113,20 @@ impl LogSink for Stdout {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_a_dead_process_left_half_written_does_not_swallow_the_next_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = Event::Done { step: 1, time: 0.0 }.to_line();
+        std::fs::write(folder.path().join(LOG), format!("{whole}\n{}", &whole[..9])).unwrap();
+        let mut journal = Journal::open(folder.path().to_str().unwrap(), 2, 1, false).unwrap();
+        journal.event(&Event::Done { step: 2, time: 0.0 }).unwrap();
+        let log = std::fs::read_to_string(folder.path().join(LOG)).unwrap();
+        let steps: Vec<_> = log.lines().filter_map(Event::parse).collect();
+        assert_eq!(steps, [1, 2].map(|step| Event::Done { step, time: 0.0 }), "{log}");
+    }
+}
