@@ -1,6 +1,6 @@
 //! What a run computes, resolved from config and data set, and recorded in every manifest.
 
-use crate::diffusion::{Objective, Respacing, Schedule, Tables, VariationalEps};
+use crate::diffusion::{Objective, Prediction, Process, Respacing, Schedule, Tables, VariationalEps};
 use crate::model::Model;
 use crate::model::dit::{Dit, DitConfig};
 use crate::vae::AutoencoderKl;
@@ -196,8 +196,14 @@ impl Recipe {
         Ok(Arc::new(Dit::new(self.model.clone())?))
     }
 
-    /// β of every original timestep.
-    pub fn betas(&self) -> Vec<f64> {
+    /// What a sampler has to reverse.
+    pub fn process(&self) -> Process {
+        match self.diffusion.objective {
+            ObjectiveKind::Eps => Process::Gaussian { betas: self.betas(), prediction: Prediction::Eps },
+        }
+    }
+
+    fn betas(&self) -> Vec<f64> {
         self.diffusion.schedule.betas(self.diffusion.timesteps)
     }
 

@@ -139,7 +139,7 @@ pub fn sample(args: &SampleArgs) -> Result<()> {
     if args.cfg_scale != 1.0 && model.null_label().is_none() {
         bail!("the model was trained without label dropout, so there is no guidance; give --cfg-scale 1");
     }
-    let generator = Generator::new(model, &recipe.betas(), options, device)?;
+    let generator = Generator::new(model, &recipe.process(), options, device)?;
     let classes = recipe.model.num_classes;
     if let Some(label) = args.labels.iter().find(|label| !(0..classes).contains(label)) {
         bail!("--labels: {label} is no class; the checkpoint has 0 to {}", classes - 1);

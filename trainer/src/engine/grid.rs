@@ -48,7 +48,7 @@ impl SampleGrid {
             channels: GuidedChannels::All,
             seed: sample.seed,
         };
-        let generator = Generator::new(model, &recipe.betas(), options, device)?;
+        let generator = Generator::new(model, &recipe.process(), options, device)?;
         let classes = recipe.model.num_classes;
         let labels = (0..sample.num as i64).map(|number| number % classes).collect();
         Ok(Some(Self { generator, vae, labels, batch: sample.batch }))

@@ -1,5 +1,5 @@
 use super::{Ddim, Ddpm, GuidedChannels, Sampler, forward_with_cfg, sample_loop};
-use crate::diffusion::{Respacing, RespacingError, Tables};
+use crate::diffusion::{Process, Respacing, RespacingError, Tables};
 use crate::model::{Model, WeightSet, no_probe};
 use data_loader::draws::{Key, Purpose, fill_normal};
 use std::sync::Arc;
@@ -39,16 +39,17 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// A generator for a model that was trained on a diffusion with these `betas`.
+    /// A generator for a model that was trained to reverse `process`.
     ///
     /// # Errors
     /// When the steps do not fit the diffusion.
     pub fn new(
         model: Arc<dyn Model>,
-        betas: &[f64],
+        process: &Process,
         options: SamplingOptions,
         device: Device,
     ) -> Result<Self, RespacingError> {
+        let Process::Gaussian { betas, .. } = process else { unimplemented!() };
         let kept = Respacing::Sections(vec![options.steps]).kept(betas.len())?;
         let sampler: Box<dyn Sampler> = match options.kind {
             SamplerKind::Ddpm => Box::new(Ddpm::default()),
