@@ -1,7 +1,7 @@
 //! The few store operations that the protocol needs, each with a deadline, each naming key and URL when it fails.
 
 use crate::{
-    chunk::{CHUNK_BYTES, ChunkedObject, Fingerprint, Sha256Digest},
+    chunk::{CHUNK_BYTES, Fingerprint, Sha256Digest, fingerprint},
     error::CheckpointError,
     location::redact_text,
     sealed::MAX_SEALED_BYTES,
@@ -211,16 +211,17 @@ impl Backend {
     /// Creates an object that must not exist yet. Whenever the answer leaves room for doubt (`AlreadyExists` from stores
     /// that retried by themselves or that answer so for a lost race in which nothing landed, a broken connection, a
     /// time-out), the object is read back: own bytes are success, none means try again.
-    /// With `confirm`, success is read back too.
+    /// With `confirm`, success is read back too. The deadline is that of sending and reading back `time_for_bytes`.
     pub async fn create(
         &self,
         key: &str,
         payload: PutPayload,
         fingerprint: &Fingerprint,
+        time_for_bytes: u64,
         confirm: bool,
     ) -> Result<Landed, CheckpointError> {
         let path = self.path(key)?;
-        let deadline = self.deadline(2 * fingerprint.bytes);
+        let deadline = self.deadline(2 * time_for_bytes);
         let mut last = None;
         for attempt in 0..CREATE_TRIES {
             if attempt > 0 {
@@ -251,10 +252,9 @@ impl Backend {
 
     /// Creates a small object, read back before success is believed.
     pub async fn create_small(&self, key: &str, bytes: &[u8]) -> Result<Landed, CheckpointError> {
-        let mut object = ChunkedObject::new();
-        object.extend(bytes);
-        let (payload, fingerprint) = object.finish();
-        self.create(key, payload, &fingerprint, true).await
+        let bytes = Bytes::copy_from_slice(bytes);
+        let fingerprint = fingerprint(std::slice::from_ref(&bytes));
+        self.create(key, bytes.into(), &fingerprint, fingerprint.bytes, true).await
     }
 
     /// Whether the object's bytes are those of `fingerprint`; `None` if there is no object.

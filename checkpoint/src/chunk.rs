@@ -1,7 +1,6 @@
 //! SHA-256 over the fixed chunks of an object, so that any byte range of it can be verified alone.
 
 use bytes::Bytes;
-use object_store::PutPayload;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use sha2::{Digest as _, Sha256};
 use std::{fmt, str::FromStr};
@@ -72,67 +71,26 @@ pub(crate) struct Fingerprint {
     pub chunks: Vec<Sha256Digest>,
 }
 
-/// Collects an object as blocks of one chunk each, hashed as they fill. Holds the object's bytes once.
-pub(crate) struct ChunkedObject {
-    blocks: Vec<Bytes>,
-    open: Vec<u8>,
-    fingerprint: Fingerprint,
-}
-
-impl ChunkedObject {
-    pub fn new() -> Self {
-        Self { blocks: Vec::new(), open: Vec::new(), fingerprint: Fingerprint { bytes: 0, chunks: Vec::new() } }
-    }
-
-    pub fn extend(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let (now, later) = bytes.split_at(bytes.len().min(self.room_bytes()));
-            self.open.extend_from_slice(now);
-            self.close_if_full();
-            bytes = later;
-        }
-    }
-
-    /// Appends `values` in little-endian order. The bytes so far must be a multiple of 4.
-    pub fn extend_f32(&mut self, mut values: &[f32]) {
-        while !values.is_empty() {
-            let (now, later) = values.split_at(values.len().min((self.room_bytes() / 4).max(1)));
-            let at = self.open.len();
-            self.open.resize(at + now.len() * 4, 0);
-            for (bytes, value) in self.open[at..].chunks_exact_mut(4).zip(now) {
-                bytes.copy_from_slice(&value.to_le_bytes());
+/// The fingerprint of an object that consists of these segments.
+pub(crate) fn fingerprint(segments: &[Bytes]) -> Fingerprint {
+    let mut chunks = Vec::new();
+    let (mut open, mut room) = (Sha256::new(), CHUNK_BYTES as usize);
+    for mut segment in segments.iter().map(|segment| &segment[..]) {
+        while !segment.is_empty() {
+            let (now, later) = segment.split_at(segment.len().min(room));
+            open.update(now);
+            room -= now.len();
+            if room == 0 {
+                chunks.push(Sha256Digest(open.finalize_reset().into()));
+                room = CHUNK_BYTES as usize;
             }
-            self.close_if_full();
-            values = later;
+            segment = later;
         }
     }
-
-    pub fn finish(mut self) -> (PutPayload, Fingerprint) {
-        if !self.open.is_empty() {
-            self.close();
-        }
-        (PutPayload::from_iter(self.blocks), self.fingerprint)
+    if room < CHUNK_BYTES as usize {
+        chunks.push(Sha256Digest(open.finalize().into()));
     }
-
-    fn room_bytes(&mut self) -> usize {
-        if self.open.capacity() == 0 {
-            self.open.reserve_exact(CHUNK_BYTES as usize);
-        }
-        CHUNK_BYTES as usize - self.open.len()
-    }
-
-    fn close_if_full(&mut self) {
-        if self.open.len() == CHUNK_BYTES as usize {
-            self.close();
-        }
-    }
-
-    fn close(&mut self) {
-        let block = std::mem::take(&mut self.open);
-        self.fingerprint.bytes += block.len() as u64;
-        self.fingerprint.chunks.push(Sha256Digest::of(&block));
-        self.blocks.push(block.into());
-    }
+    Fingerprint { bytes: segments.iter().map(|segment| segment.len() as u64).sum(), chunks }
 }
 
 #[cfg(test)]
@@ -141,17 +99,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_are_the_chunks_and_digests_are_theirs() {
-        let values: Vec<f32> = (0..2_500_000).map(|i| i as f32).collect();
-        let mut object = ChunkedObject::new();
-        object.extend(&[7u8; 64]);
-        object.extend_f32(&values);
-        let (payload, fingerprint) = object.finish();
-        let bytes: Vec<u8> = [7u8; 64].into_iter().chain(values.iter().flat_map(|v| v.to_le_bytes())).collect();
-        assert_eq!(fingerprint.bytes, 10_000_064);
-        assert_eq!(Bytes::from(payload), bytes);
+    fn chunks_do_not_depend_on_the_segments() {
+        let bytes: Vec<u8> = (0..10_000_064u32).map(|i| (i % 251) as u8).collect();
+        let whole = Bytes::from(bytes.clone());
         let expected: Vec<_> = bytes.chunks(CHUNK_BYTES as usize).map(Sha256Digest::of).collect();
-        assert_eq!(fingerprint.chunks, expected);
+        for cuts in [vec![], vec![64, 64, 5_000_001], vec![CHUNK_BYTES as usize]] {
+            let ends = cuts.iter().copied().chain([bytes.len()]);
+            let segments: Vec<Bytes> =
+                ends.scan(0, |start, end| Some(whole.slice(std::mem::replace(start, end)..end))).collect();
+            assert_eq!(fingerprint(&segments), Fingerprint { bytes: 10_000_064, chunks: expected.clone() });
+        }
+        assert_eq!(fingerprint(&[]), Fingerprint { bytes: 0, chunks: vec![] });
     }
 
     #[test]

@@ -40,7 +40,7 @@ impl RunStore {
     /// the manifest that is there.
     ///
     /// # Errors
-    /// [`CheckpointError::Incomplete`] if a tensor is not covered exactly once, a rank's shard is lacking, or a shard is not in
+    /// [`CheckpointError::Incomplete`] if a tensor is not covered exactly once, a rank's shard is lacking, or an object is not in
     /// the store with its length; [`CheckpointError::Fenced`] if a later attempt took over or the step was committed with other
     /// content; store errors, after which the commit may or may not have happened: call again to find out.
     pub fn commit(&self, commit: Commit) -> Result<Manifest, CheckpointError> {
@@ -95,18 +95,24 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
     }
     let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
     let mut shards = Vec::with_capacity(world_size);
-    for (index, shard) in commit.shards.into_iter().enumerate() {
+    let mut parts = Vec::with_capacity(world_size);
+    for (rank, shard) in commit.shards.into_iter().enumerate() {
         let found = (shard.rank, shard.world_size, shard.attempt, shard.step);
-        if found != (index, world_size, commit.attempt, commit.step) {
+        let expected = (rank, world_size, commit.attempt, commit.step);
+        if found != expected {
             return Err(format!(
-                "`{}` is of (rank, world size, attempt, step) {found:?}; expected {:?}",
-                shard.key,
-                (index, world_size, commit.attempt, commit.step)
+                "there is a shard of (rank, world size, attempt, step) {found:?}; expected {expected:?}"
             ));
         }
-        for slice in shard.tensors {
+        if shard.parts.is_empty() {
+            return Err(format!("the shard of rank {rank} has no object"));
+        }
+        parts.extend(shard.parts.into_iter().map(|part| (rank, part)));
+    }
+    for (rank, part) in parts {
+        for slice in part.tensors {
             let place = SliceEntry {
-                shard: index,
+                shard: shards.len(),
                 start_numel: slice.start_numel,
                 end_numel: slice.end_numel,
                 offset_bytes: slice.offset_bytes,
@@ -118,7 +124,7 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
                 Entry::Occupied(mut known) => {
                     if (known.get().dtype, &known.get().shape) != (slice.dtype, &slice.shape) {
                         return Err(format!(
-                            "tensor `{}` is {:?} {:?} on rank {index}, but {:?} {:?} on a lower rank",
+                            "tensor `{}` is {:?} {:?} on rank {rank}, but {:?} {:?} on a lower rank",
                             known.key(),
                             slice.dtype,
                             slice.shape,
@@ -130,7 +136,7 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
                 }
             }
         }
-        shards.push(ObjectRecord { key: shard.key, bytes: shard.bytes, sha256: shard.sha256 });
+        shards.push(ObjectRecord { key: part.key, bytes: part.bytes, sha256: part.sha256 });
     }
     tensors.values_mut().for_each(|tensor| tensor.slices.sort_by_key(|slice| (slice.start_numel, slice.end_numel)));
     Ok(Manifest {

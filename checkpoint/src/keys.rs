@@ -17,8 +17,10 @@ pub(crate) fn manifest(step: u64, attempt: u32) -> String {
     format!("{}/manifest-{attempt:04}.json", step_folder(step))
 }
 
-pub(crate) fn shard(step: u64, attempt: u32, rank: usize, world_size: usize) -> String {
-    format!("{}/attempt-{attempt:04}/shard-{rank:05}-of-{world_size:05}.safetensors", step_folder(step))
+/// The objects of a rank's shard; the first part's name says nothing of parts.
+pub(crate) fn shard(step: u64, attempt: u32, rank: usize, world_size: usize, part: usize) -> String {
+    let part = if part == 0 { String::new() } else { format!(".part-{part:04}") };
+    format!("{}/attempt-{attempt:04}/shard-{rank:05}-of-{world_size:05}{part}.safetensors", step_folder(step))
 }
 
 pub(crate) fn parse_attempt(key: &str) -> Option<u32> {
@@ -50,7 +52,7 @@ mod tests {
         assert_eq!(parse_manifest("checkpoints/step-000001000/manifest-0003.json"), Some((1000, 3)));
         assert_eq!(parse_manifest(&manifest(12_345_678_901, 70_000)), Some((12_345_678_901, 70_000)));
         assert_eq!(parse_attempt(&attempt(7)), Some(7));
-        assert_eq!(parse_step(&shard(5, 1, 0, 4)), Some(5));
+        assert_eq!(parse_step(&shard(5, 1, 0, 4, 2)), Some(5));
         for other in [
             "checkpoints/step-1000/manifest-0003.json",
             "checkpoints/step-000001000/manifest-3.json",

@@ -9,13 +9,13 @@
 //! synchronous and may be called from any thread: inside is one small tokio runtime per process.
 //!
 //! ```
-//! use checkpoint::{AttemptInfo, Commit, RunStore, ShardId, Slice};
+//! use checkpoint::{AttemptInfo, Commit, F32Bytes, RunStore, ShardId, Slice};
 //! # fn main() -> Result<(), checkpoint::CheckpointError> {
 //! let store = RunStore::open("memory:///example")?;
 //! let attempt = store.claim_attempt(&AttemptInfo { resumed_from: None, world_size: 1, ..Default::default() })?;
 //! let id = ShardId { attempt, step: 10, rank: 0, world_size: 1 };
-//! let weight = [1.0f32, 2.0, 3.0];
-//! let shard = store.write_shard(&id, &[Slice { name: "model/w", shape: &[3], start_numel: 0, data: &weight }])?;
+//! let data = F32Bytes::from(&[1.0, 2.0, 3.0][..]);
+//! let shard = store.write_shard(&id, &[Slice { name: "model/w", shape: &[3], start_numel: 0, data }])?;
 //! store.commit(Commit { attempt, step: 10, optimizer_step: 10, config: Default::default(),
 //!     decision_log: Default::default(), shards: vec![shard] })?;
 //! let (manifest, damaged) = store.newest_valid()?.expect("one was committed");
@@ -40,6 +40,7 @@ mod runtime;
 mod sealed;
 mod shard;
 mod store;
+mod values;
 
 pub use attempt::{AttemptInfo, AttemptRecord};
 pub use chunk::{CHUNK_BYTES, Sha256Digest};
@@ -48,5 +49,6 @@ pub use error::CheckpointError;
 pub use manifest::{Dtype, Manifest, ObjectRecord, SliceEntry, TensorEntry};
 pub use reader::{CheckpointReader, ReadInto};
 pub use resume::{Committed, Damaged};
-pub use shard::{ShardId, ShardRecord, Slice, SliceRecord};
+pub use shard::{PartRecord, ShardId, ShardRecord, Slice, SliceRecord};
 pub use store::{RunStore, StoreOptions};
+pub use values::F32Bytes;

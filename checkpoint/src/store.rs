@@ -20,11 +20,13 @@ pub struct StoreOptions {
     pub op_timeout: Duration,
     /// Operations on large objects get `op_timeout` and their bytes at this rate. Default 4 MiB/s.
     pub min_bytes_per_s: u64,
+    /// Most bytes of data in one object of a shard. Default 256 MiB.
+    pub part_bytes: u64,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { op_timeout: Duration::from_secs(30), min_bytes_per_s: 4 << 20 }
+        Self { op_timeout: Duration::from_secs(30), min_bytes_per_s: 4 << 20, part_bytes: 256 << 20 }
     }
 }
 

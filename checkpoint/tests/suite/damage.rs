@@ -129,7 +129,7 @@ fn weights_are_read_though_the_optimizer_state_is_gone() {
         let slices: Vec<_> = tensors
             .iter()
             .zip(&data)
-            .map(|((name, shape), data)| checkpoint::Slice { name, shape, start_numel: 0, data })
+            .map(|((name, shape), data)| checkpoint::Slice { name, shape, start_numel: 0, data: (&data[..]).into() })
             .collect();
         run.store.write_shard(&checkpoint::ShardId { attempt, step: 5, rank, world_size: 2 }, &slices).unwrap()
     };

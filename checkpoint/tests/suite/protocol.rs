@@ -1,7 +1,7 @@
 //! What is written is read back, by anyone, and nothing counts before its manifest.
 
 use crate::world::*;
-use checkpoint::{CheckpointError, ReadInto, RunStore, ShardId, Slice, digest};
+use checkpoint::{CheckpointError, F32Bytes, ReadInto, RunStore, ShardId, Slice, StoreOptions, digest};
 use safetensors::SafeTensors;
 use std::fs;
 
@@ -97,14 +97,14 @@ fn shards_are_safetensors_files_with_deterministic_bytes() {
     let run = file_run();
     let attempt = claim(&run.store, None);
     let (w, b) = (values(0, &[6, 7], 1), values(2, &[7], 1));
-    let whole = Slice { name: "model/w", shape: &[6, 7], start_numel: 0, data: &w };
-    let cut = Slice { name: "model/\"b\"", shape: &[100], start_numel: 20, data: &b };
+    let whole = Slice { name: "model/w", shape: &[6, 7], start_numel: 0, data: F32Bytes::from(&w[..]) };
+    let cut = Slice { name: "model/\"b\"", shape: &[100], start_numel: 20, data: F32Bytes::from(&b[..]) };
     let id = |step, rank| ShardId { attempt, step, rank, world_size: 2 };
-    let record = run.store.write_shard(&id(1, 0), &[whole, cut]).unwrap();
+    let record = run.store.write_shard(&id(1, 0), &[whole.clone(), cut.clone()]).unwrap();
     let other = run.store.write_shard(&id(2, 1), &[cut, whole]).unwrap();
-    let bytes = fs::read(run.path.join(&record.key)).unwrap();
-    assert_eq!(bytes, fs::read(run.path.join(&other.key)).unwrap());
-    assert_eq!((record.bytes, &record.sha256), (bytes.len() as u64, &other.sha256));
+    let bytes = fs::read(run.path.join(&record.parts[0].key)).unwrap();
+    assert_eq!(bytes, fs::read(run.path.join(&other.parts[0].key)).unwrap());
+    assert_eq!((record.parts[0].bytes, &record.parts[0].sha256), (bytes.len() as u64, &other.parts[0].sha256));
 
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let le = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
@@ -112,7 +112,7 @@ fn shards_are_safetensors_files_with_deterministic_bytes() {
     assert_eq!((tensor.shape(), tensor.data()), (&[6usize, 7][..], &le(&w)[..]));
     let tensor = file.tensor("model/\"b\"[20:27]").unwrap();
     assert_eq!((tensor.shape(), tensor.data()), (&[7usize][..], &le(&b)[..]));
-    for slice in &record.tensors {
+    for slice in &record.parts[0].tensors {
         assert_eq!(slice.offset_bytes % 4, 0);
     }
     assert_eq!((bytes.len() - le(&w).len() - le(&b).len()) % 64, 0, "the data starts aligned");
@@ -123,7 +123,7 @@ fn a_shard_may_be_empty() {
     let store = memory_run();
     let attempt = claim(&store, None);
     let data = [1.0, 2.0];
-    let full = [Slice { name: "model/w", shape: &[2], start_numel: 0, data: &data }];
+    let full = [Slice { name: "model/w", shape: &[2], start_numel: 0, data: F32Bytes::from(&data[..]) }];
     let shards = [(0, &full[..]), (1, &[][..])]
         .map(|(rank, slices)| store.write_shard(&ShardId { attempt, step: 1, rank, world_size: 2 }, slices).unwrap());
     let manifest = store.commit(content(attempt, 1, shards.to_vec())).unwrap();
@@ -158,7 +158,8 @@ fn incomplete_checkpoints_are_not_committed() {
     let store = memory_run();
     let attempt = claim(&store, None);
     let data = [0f32; 8];
-    let slice = |name, shape, start_numel, len: usize| Slice { name, shape, start_numel, data: &data[..len] };
+    let slice =
+        |name, shape, start_numel, len: usize| Slice { name, shape, start_numel, data: F32Bytes::from(&data[..len]) };
     let refused = |step, by_rank: [Vec<Slice<'_>>; 2], word: &str| {
         let shards = [0, 1]
             .map(|rank| store.write_shard(&ShardId { attempt, step, rank, world_size: 2 }, &by_rank[rank]).unwrap());
@@ -194,9 +195,9 @@ fn a_shard_that_is_not_in_the_store_prevents_the_commit() {
     let run = file_run();
     let attempt = claim(&run.store, None);
     let shards = write_all(&run.store, attempt, 5, 2, &small());
-    fs::remove_file(run.path.join(&shards[1].key)).unwrap();
+    fs::remove_file(run.path.join(&shards[1].parts[0].key)).unwrap();
     let error = run.store.commit(content(attempt, 5, shards.clone())).unwrap_err();
-    assert!(error.to_string().contains(&shards[1].key), "{error}");
+    assert!(error.to_string().contains(&shards[1].parts[0].key), "{error}");
     assert_eq!(run.store.committed().unwrap(), []);
 }
 
@@ -226,4 +227,43 @@ fn calls_are_allowed_inside_another_runtime() {
         save(&store, attempt, 1);
         assert_eq!(newest(&store), (Some(1), vec![]));
     });
+}
+
+#[test]
+fn a_large_shard_is_several_objects_that_read_like_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = StoreOptions { part_bytes: 1 << 20, ..StoreOptions::default() };
+    let store = RunStore::open_with(folder.path().to_str().unwrap(), options).unwrap();
+    let attempt = claim(&store, None);
+    let shards = write_all(&store, attempt, 3, 2, TENSORS);
+    assert!(shards.iter().all(|shard| shard.parts.len() == 5), "{}", shards[0].parts.len());
+    for part in shards.iter().flat_map(|shard| &shard.parts) {
+        let bytes = fs::read(folder.path().join(&part.key)).unwrap();
+        assert!(bytes.len() < (1 << 20) + 4096);
+        SafeTensors::deserialize(&bytes).unwrap();
+    }
+    let manifest = store.commit(content(attempt, 3, shards)).unwrap();
+    assert_eq!(manifest.shards.len(), 10);
+    store.verify(&manifest).unwrap();
+    assert_holds(&store.read(&manifest), TENSORS, 3);
+    // The values are the same wherever they are cut.
+    let whole = memory_run();
+    let attempt = claim(&whole, None);
+    let one = whole.commit(content(attempt, 3, write_all(&whole, attempt, 3, 1, TENSORS))).unwrap();
+    let digests = |store: &RunStore, manifest| digest::section_digests(&store.read(manifest)).unwrap();
+    assert_eq!(digests(&store, &manifest), digests(&whole, &one));
+}
+
+#[test]
+fn an_upload_holds_its_values_until_it_has_ended() {
+    let store = memory_run();
+    let attempt = claim(&store, None);
+    let mut values = std::sync::Arc::new(vec![1f32, 2.0, 3.0, 4.0]);
+    let data = F32Bytes::shared(&values, 1..3);
+    assert!(std::sync::Arc::get_mut(&mut values).is_none());
+    let slices = [Slice { name: "model/w", shape: &[2], start_numel: 0, data }];
+    let shard = store.write_shard(&ShardId { attempt, step: 1, rank: 0, world_size: 1 }, &slices).unwrap();
+    drop(slices);
+    let manifest = store.commit(content(attempt, 1, vec![shard])).unwrap();
+    assert_eq!(store.read(&manifest).read_all_f32("model/w").unwrap(), [2.0, 3.0]);
 }

@@ -1,7 +1,7 @@
 //! A small model's state, ranks that write it, and the stores to write it to.
 
 use checkpoint::{
-    AttemptInfo, CheckpointError, CheckpointReader, Commit, Manifest, RunStore, ShardId, ShardRecord, Slice,
+    AttemptInfo, CheckpointError, CheckpointReader, Commit, F32Bytes, Manifest, RunStore, ShardId, ShardRecord, Slice,
 };
 use serde_json::json;
 use std::{
@@ -76,7 +76,7 @@ pub fn write_rank(
         let start = own.start.clamp(at, at + data.len()) - at;
         let end = own.end.clamp(at, at + data.len()) - at;
         if !data.is_empty() || id.rank == 0 {
-            slices.push(Slice { name, shape, start_numel: start, data: &data[start..end] });
+            slices.push(Slice { name, shape, start_numel: start, data: F32Bytes::from(&data[start..end]) });
         }
         at += data.len();
     }

@@ -3,7 +3,7 @@
 
 use super::bucket::{Bucket, Buckets, Entry};
 use anyhow::{Context, Result, anyhow, bail};
-use checkpoint::{Commit, Manifest, ReadInto, RunStore, ShardId, ShardRecord, Slice};
+use checkpoint::{Commit, F32Bytes, Manifest, ReadInto, RunStore, ShardId, ShardRecord, Slice};
 use collective::Collective;
 use serde_json::Value;
 use std::sync::Arc;
@@ -244,7 +244,7 @@ struct Snapshot(Vec<Piece>);
 
 /// The owned elements of one section of one bucket.
 struct Piece {
-    values: Vec<f32>,
+    values: Arc<Vec<f32>>,
     entries: Vec<SnapshotEntry>,
 }
 
@@ -286,7 +286,7 @@ impl Snapshot {
         for bucket in &buckets.0 {
             for (prefix, tensor, trainable_only) in SECTIONS {
                 let values = Vec::<f32>::try_from(tensor(bucket)).context("copying a shard for a checkpoint")?;
-                pieces.push(Piece { values, entries: owned_entries(bucket, prefix, trainable_only) });
+                pieces.push(Piece { values: Arc::new(values), entries: owned_entries(bucket, prefix, trainable_only) });
             }
         }
         Ok(Self(pieces))
@@ -299,7 +299,7 @@ impl Snapshot {
                 name: &entry.name,
                 shape: &entry.shape,
                 start_numel: entry.start_numel,
-                data: &piece.values[entry.range.clone()],
+                data: F32Bytes::shared(&piece.values, entry.range.clone()),
             }));
         }
         slices
