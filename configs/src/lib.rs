@@ -30,7 +30,7 @@ pub mod schema;
 pub use error::{ConfigError, Mistake};
 pub use resume::{KeyChange, changed_experiment_keys};
 pub use schema::{
-    CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, DataConfig, Decay, Device, DiffusionConfig, EmaConfig,
-    LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig, RunLocation, SampleConfig,
-    Sampler, Schedule, TrainConfig,
+    CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
+    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig,
+    RunLocation, SampleConfig, Sampler, Schedule, TrainConfig,
 };

@@ -183,6 +183,16 @@ fn read_model(r: &mut Reader) -> ModelConfig {
         mlp_ratio: r.float("model.mlp_ratio", POSITIVE, 4.0),
         class_dropout_prob: r.float("model.class_dropout_prob", 0.0..=1.0, 0.1),
         learn_sigma: r.boolean("model.learn_sigma", true),
+        conditioning: r.choice(
+            "model.conditioning",
+            &[
+                ("adaln-zero", Conditioning::AdaLnZero),
+                ("adaln", Conditioning::AdaLn),
+                ("cross-attention", Conditioning::CrossAttention),
+                ("in-context", Conditioning::InContext),
+            ],
+            Conditioning::default(),
+        ),
         num_classes: r.optional_integer("model.num_classes", 1..=COUNT).map(|count| count as usize),
         input_size: r.optional_integer("model.input_size", 1..=65_536).map(|side| side as usize),
         in_channels: r.optional_integer("model.in_channels", 1..=65_536).map(|count| count as usize),

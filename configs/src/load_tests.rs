@@ -129,6 +129,7 @@ fn wrong_types_and_ranges_are_refused() {
         ("sample.vae=s3://bucket/vae", "not a folder on this machine"),
         ("reduction=fast", "not built yet"),
         ("model.preset=DiT-M/2", "not a known preset"),
+        ("model.conditioning=film", "not one of the choices"),
         ("train.lanes=131072", "out of range"),
     ] {
         let mistakes = load(SMALL, &[given]).unwrap_err();
@@ -196,6 +197,16 @@ fn json_is_nested_by_section_and_reads_like_the_file() {
     assert_eq!(json.pointer("/data/columns/id"), Some(&serde_json::json!("id")));
     assert_eq!(json.pointer("/optimizer/decay"), Some(&serde_json::json!("constant")));
     assert_eq!(json.pointer("/seed"), Some(&serde_json::json!(0)));
+}
+
+#[test]
+fn a_key_younger_than_recorded_runs_is_recorded_only_where_it_says_something() {
+    let recorded = |given: &[&str]| load(SMALL, given).unwrap().to_json().pointer("/model/conditioning").cloned();
+    assert_eq!(recorded(&[]), None);
+    assert_eq!(recorded(&["model.conditioning=adaln-zero"]), None);
+    for design in ["adaln", "cross-attention", "in-context"] {
+        assert_eq!(recorded(&[&format!("model.conditioning={design}")]), Some(serde_json::json!(design)));
+    }
 }
 
 #[test]

@@ -136,12 +136,32 @@ pub struct ModelConfig {
     pub class_dropout_prob: f64,
     /// The model also predicts the variance (twice the output channels).
     pub learn_sigma: bool,
+    /// How time and label reach the blocks.
+    #[serde(skip_serializing_if = "is_default")]
+    pub conditioning: Conditioning,
     /// Number of classes; `None`: as the data set's metadata says.
     pub num_classes: Option<usize>,
     /// Side of the square latent; `None`: as the data set's metadata says.
     pub input_size: Option<usize>,
     /// Channels of the latent; `None`: as the data set's metadata says.
     pub in_channels: Option<usize>,
+}
+
+/// `model.conditioning`: how time and label reach the blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Conditioning {
+    /// Modulated norms and gated branches, all zero at first.
+    #[default]
+    #[serde(rename = "adaln-zero")]
+    AdaLnZero,
+    /// Modulated norms.
+    #[serde(rename = "adaln")]
+    AdaLn,
+    /// A third branch that attends to the two embeddings.
+    CrossAttention,
+    /// The two embeddings as further tokens.
+    InContext,
 }
 
 /// `diffusion.objective`: what the model predicts.
@@ -328,4 +348,9 @@ impl RunConfig {
         // has no map, and `load` takes `sample.vae` from a TOML string.
         serde_json::to_value(&shown).unwrap_or(serde_json::Value::Null)
     }
+}
+
+/// Keys younger than runs that are to stay resumable are recorded only where they say something.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }

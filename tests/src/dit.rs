@@ -5,7 +5,7 @@ use configs::lanes::LaneBlock;
 use tch::{Device, Tensor};
 use trainer::diffusion::{Respacing, Schedule, Tables};
 use trainer::engine::bucket::{Buckets, slice};
-use trainer::model::dit::{Dit, DitConfig};
+use trainer::model::dit::{Conditioning, Dit, DitConfig};
 use trainer::model::{Model, WeightSet};
 
 /// Timesteps of the schedule that all recorded models were trained on.
@@ -32,8 +32,33 @@ pub fn model(bundle: &Bundle) -> Result<Dit> {
             let found = spec.text("model.learn_sigma").unwrap_or_else(|| "nothing".to_owned());
             BundleError::Key { key: "model.learn_sigma".into(), found, expected: "true or false".into() }
         })?,
+        conditioning: conditioning(spec)?,
     };
     Dit::new(config).map_err(|error| BundleError::Run(error.to_string()))
+}
+
+/// The design that `variant` names; adaLN-Zero where there is none.
+fn conditioning(spec: &Spec) -> Result<Conditioning> {
+    let Some(found) = spec.text("variant") else { return Ok(Conditioning::default()) };
+    match found.replace('_', "-").as_str() {
+        "adaln-zero" => Ok(Conditioning::AdaLnZero),
+        "adaln" => Ok(Conditioning::AdaLn),
+        "cross-attention" => Ok(Conditioning::CrossAttention),
+        "in-context" => Ok(Conditioning::InContext),
+        _ => {
+            let expected = "`adaln_zero`, `adaln`, `cross_attention` or `in_context`".to_owned();
+            Err(BundleError::Key { key: "variant".to_owned(), found, expected })
+        }
+    }
+}
+
+/// The name in bundles of what a probe sees: of block i, `blocks.i.NAME` is `blocki_NAME`, its output `blocki`.
+pub fn recorded_name(probe: &str) -> String {
+    match probe.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
+        Some((index, "")) => format!("block{index}"),
+        Some((index, name)) => format!("block{index}_{name}"),
+        None => probe.to_owned(),
+    }
 }
 
 /// The weights below `weights/`.

@@ -7,6 +7,7 @@
 pub mod bundle;
 pub mod dit;
 pub mod kinds;
+pub mod pass;
 pub mod report;
 pub mod tolerance;
 pub mod verify;

@@ -25,7 +25,7 @@ fn every_recorded_tensor_is_reproduced() {
     let entries = std::fs::read_dir(bundles()).unwrap().map(|entry| entry.unwrap().path());
     let mut files: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
     files.sort();
-    assert!(files.len() >= 15, "{files:?}");
+    assert!(files.len() >= 18, "{files:?}");
     let (ok, text) = verify(&files);
     assert!(ok && !text.contains("FAIL"), "{text}");
     for file in &files {
@@ -134,6 +134,13 @@ fn a_changed_value_fails_and_is_named() {
         ("dit_forward", "`out/pos_embed_d24_g7_f64`", &|parts| {
             parts.change("out/pos_embed_d24_g7_f64", 30, |v| v + 1e-11)
         }),
+        ("dit_ablation_adaln", "`out/block0_ada`", &|parts| {
+            parts.change("weights/blocks.0.adaLN_modulation.1.bias", 7, off)
+        }),
+        ("dit_ablation_cross_attention", "`grad/blocks.0.norm_cross.weight`", &|parts| {
+            parts.change("grad/blocks.0.norm_cross.weight", 3, off)
+        }),
+        ("dit_ablation_in_context", "`out/loss`", &|parts| parts.change("in/noise", 17, |v| v + 0.5)),
         ("dit_cfg", "`out/b/cfg4.0`", &|parts| parts.change("in/b/x", 0, |v| v + 0.1)),
         ("diffusion_tables", "`out/linear/ddim50/betas`", &|parts| {
             parts.change("out/linear/ddim50/betas", 3, |v| v * (1.0 + 1e-10))
@@ -195,6 +202,13 @@ fn a_missing_or_superfluous_tensor_fails_and_is_named() {
         ("dit_forward", "`out/block1`", &without("out/block1")),
         ("dit_forward", "`out/t_freq_dim", &without("out/t_freq_dim7")),
         ("dit_forward", "`out/extra`", &surplus),
+        ("dit_ablation_in_context", "`out/block1`", &without("out/block1")),
+        ("dit_ablation_adaln", "`out/final_ada`", &without("out/final_ada")),
+        (
+            "dit_ablation_cross_attention",
+            "`grad/blocks.1.cross_attn.kv.bias`",
+            &without("grad/blocks.1.cross_attn.kv.bias"),
+        ),
         ("dit_cfg", "`out/a/cfg1.5`", &without("out/a/cfg1.5")),
         ("dit_cfg", "`in/b/t`", &without("in/b/t")),
         ("diffusion_tables", "`out/linear/7/betas`", &without("out/linear/7/betas")),
@@ -240,6 +254,8 @@ fn a_specification_that_cannot_be_followed_fails_and_says_why() {
         ("dit_forward", "`in/x`: found shape [5, 4, 4, 16]", &|parts| {
             parts.tensors.get_mut("in/x").unwrap().1 = vec![5, 4, 4, 16]
         }),
+        ("dit_ablation_adaln", "`variant` = film", &set("variant", "film")),
+        ("dit_ablation_in_context", "`blocks.0.norm1.weight` is unknown", &set("variant", "adaln")),
         ("training_losses", "`schedule` = squared", &set("schedule", "squared")),
         ("training_losses", "ddim64", &set("respacing", "ddim64")),
         ("train_lr1e-3", "final/", &set("lr", "2e-3")),

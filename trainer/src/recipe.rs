@@ -2,7 +2,7 @@
 
 use crate::diffusion::{Objective, Prediction, Process, Respacing, Schedule, Tables, VariationalEps};
 use crate::model::Model;
-use crate::model::dit::{Dit, DitConfig};
+use crate::model::dit::{Conditioning, Dit, DitConfig};
 use crate::vae::AutoencoderKl;
 use configs::RunConfig;
 use data_loader::LatentDataset;
@@ -122,6 +122,12 @@ impl Recipe {
             mlp_ratio: m.mlp_ratio,
             class_dropout_prob: m.class_dropout_prob,
             learn_sigma: m.learn_sigma,
+            conditioning: match m.conditioning {
+                configs::Conditioning::AdaLnZero => Conditioning::AdaLnZero,
+                configs::Conditioning::AdaLn => Conditioning::AdaLn,
+                configs::Conditioning::CrossAttention => Conditioning::CrossAttention,
+                configs::Conditioning::InContext => Conditioning::InContext,
+            },
         };
         if problems.is_empty()
             && let Err(error) = Dit::new(model.clone())

@@ -57,7 +57,7 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
 
     let mut found: HashMap<String, Tensor> = HashMap::new();
     let mut see = |name: &str, tensor: &Tensor| {
-        found.insert(recorded_name(name), tensor.shallow_clone());
+        found.insert(dit::recorded_name(name), tensor.shallow_clone());
     };
     let output = weights.forward(&model, &x, &t, &y, &mut see);
     found.insert("output".to_owned(), output);
@@ -97,15 +97,6 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
 
 fn position_table(dim: i64, grid: i64) -> Tensor {
     Tensor::from_slice(&sin_cos_2d(dim, grid)).view([grid * grid, dim])
-}
-
-/// The probes of block i are called `blocks.i.NAME`; bundles have `blocki_NAME`, and `blocki` for its output.
-fn recorded_name(probe: &str) -> String {
-    match probe.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
-        Some((index, "")) => format!("block{index}"),
-        Some((index, name)) => format!("block{index}_{name}"),
-        None => probe.to_owned(),
-    }
 }
 
 fn number(name: &str, digits: &str) -> Result<i64> {

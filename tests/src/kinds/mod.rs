@@ -2,6 +2,7 @@
 
 mod cfg;
 mod diffusion_tables;
+mod dit_ablation;
 mod dit_forward;
 mod sampling;
 mod train_steps;
@@ -30,6 +31,7 @@ pub struct Kind {
 /// All kinds.
 pub const KINDS: &[Kind] = &[
     dit_forward::KIND,
+    dit_ablation::KIND,
     cfg::KIND,
     diffusion_tables::KIND,
     training_losses::KIND,

@@ -1,18 +1,14 @@
 //! `training_losses`: the objective with all its parts, and gradients through the engine's segment-wise backward.
 
 use super::{Kind, alone};
-use crate::bundle::{Bundle, BundleError, Result};
+use crate::bundle::{Bundle, Result};
 use crate::dit;
+use crate::pass::{LossOf, Pass};
 use crate::report::Report;
 use crate::tolerance::Tolerance;
-use tch::{Device, Kind as Dtype, Tensor};
+use tch::{Device, Tensor};
 use trainer::diffusion::{Noised, Objective, Tables, VariationalEps, variational_bound};
-use trainer::engine::bucket::Buckets;
-use trainer::engine::tape::Tape;
-use trainer::engine::tree::LaneSum;
-use trainer::ffi;
 use trainer::model::Model;
-use trainer::model::dit::Dit;
 
 pub(super) const KIND: Kind = Kind {
     name: "training_losses",
@@ -37,7 +33,7 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let t = dit::timesteps(bundle, "in/t", n, objective.tables.timesteps())?;
     let y = dit::labels(bundle, "in/y", &model, n)?;
     let noised = objective.noise_with(x_start, t, noise);
-    let pass = Pass { model: &model, buckets: &buckets, noised: &noised, labels: &y };
+    let pass = Pass { model: &model, buckets: &buckets, input: [&noised.x_t, &noised.model_t, &y] };
 
     let output = pass.forward().output().detach();
     report.compare("out/x_t", &noised.x_t);
@@ -46,7 +42,7 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let mut likelihood = Likelihood { t: &noised.t, loose_bits, report };
     compare_losses(&objective, &noised, &output, &mut likelihood);
     compare_variational_parts(&objective, &noised, &output, &mut likelihood);
-    compare_gradients(bundle, &objective, &pass, report)
+    compare_gradients(bundle, &objective, &noised, &pass, report)
 }
 
 /// Loss and parts per sample, for the model and for one whose output is zero, and the variants of the official code.
@@ -148,57 +144,20 @@ fn compare_variational_parts(
     likelihood.compare_likelihood("out/decoder_nll_bits", &bound.decoder_nll_bits);
 }
 
-/// A scalar loss of the model's output.
-type LossOf<'a> = &'a dyn Fn(&Tensor) -> Tensor;
-
-/// One micro-batch through the engine.
-struct Pass<'a> {
-    model: &'a Dit,
-    buckets: &'a Buckets,
-    noised: &'a Noised,
-    labels: &'a Tensor,
-}
-
-impl Pass<'_> {
-    fn forward(&self) -> Tape {
-        let mut tape = Tape::new(self.model, self.model.input(&self.noised.x_t, &self.noised.model_t, self.labels));
-        for (segment, bucket) in self.model.segments().iter().zip(&self.buckets.0) {
-            tape.forward(&**segment, &bucket.weights);
-        }
-        tape
-    }
-
-    /// Gradients of `loss(output)` by parameter name, as a rank with one lane has them before the update.
-    fn gradients(&self, loss: LossOf) -> Result<Vec<(String, Tensor)>> {
-        let torch = |error: ffi::TorchError| BundleError::Run(error.to_string());
-        let tape = self.forward();
-        let output = tape.output();
-        let output_grad = ffi::grad_of_scalar(&loss(&output), &output).map_err(torch)?;
-        let mut backward = tape.into_backward(output_grad);
-        let mut gradients = Vec::new();
-        for bucket in self.buckets.0.iter().rev() {
-            let of_segment = backward.segment(&bucket.trainable).map_err(torch)?;
-            let mut sum = LaneSum::new(&bucket.layout, 1, Device::Cpu);
-            let Some(block) = sum.push(&bucket.layout, of_segment) else {
-                return Err(BundleError::Run("a sum over one lane was not complete after one lane".to_owned()));
-            };
-            let trainable = bucket.layout.entries.iter().filter(|entry| entry.spec.trainable);
-            gradients.extend(trainable.map(|entry| {
-                (entry.name.clone(), trainer::engine::bucket::view_of(&block, entry).to_kind(Dtype::Float).copy())
-            }));
-        }
-        Ok(gradients)
-    }
-}
-
 /// Gradients of the mean loss and of the mean vb.
-fn compare_gradients(bundle: &Bundle, objective: &VariationalEps, pass: &Pass, report: &mut Report) -> Result<()> {
+fn compare_gradients(
+    bundle: &Bundle,
+    objective: &VariationalEps,
+    noised: &Noised,
+    pass: &Pass,
+    report: &mut Report,
+) -> Result<()> {
     let description = bundle.spec.text("description").unwrap_or_default();
     let mean_vb = |output: &Tensor| {
-        let (mse, vb) = objective.per_sample(output, pass.noised);
+        let (mse, vb) = objective.per_sample(output, noised);
         vb.unwrap_or(mse).mean(None)
     };
-    let mean_loss = |output: &Tensor| objective.loss(output, pass.noised).total;
+    let mean_loss = |output: &Tensor| objective.loss(output, noised).total;
     let losses: [(&str, LossOf); 2] = [("grad", &mean_loss), ("grad_vb", &mean_vb)];
     for (group, loss) in losses {
         let recorded = bundle.names().filter(|name| name.starts_with(&format!("{group}/"))).count();

@@ -24,6 +24,26 @@ fn one_two_and_four_ranks_give_the_same_bits_and_the_same_losses() {
 }
 
 #[test]
+fn the_other_conditioning_designs_give_the_same_bits_too() {
+    let experiment = Experiment::new();
+    let mut digests = Vec::new();
+    // One of them without label dropout: then there is no row for the null label.
+    for (design, dropout) in [("adaln", 0.2), ("cross-attention", 0.2), ("in-context", 0.0)] {
+        let conditioning = format!("model.conditioning={design}");
+        let overrides = [conditioning.as_str(), &format!("model.class_dropout_prob={dropout}")];
+        for ranks in [1, 2] {
+            experiment.train(ranks, &format!("{design}-{ranks}"), &overrides);
+            digests.push(experiment.digest(&format!("{design}-{ranks}")));
+        }
+        assert_eq!(digests[digests.len() - 1], digests[digests.len() - 2], "{design}");
+        let ran = run(&mut experiment.launcher(1, &format!("{design}-1"), &overrides[1..]));
+        assert!(ran.code != Some(0) && ran.stderr.contains("`model.conditioning` was"), "{}", ran.text());
+    }
+    digests.dedup();
+    assert_eq!(digests.len(), 3);
+}
+
+#[test]
 fn seed_and_lanes_are_part_of_the_experiment() {
     let experiment = Experiment::new();
     experiment.train(1, "a", &[]);

@@ -186,6 +186,7 @@ mod tests {
             class_dropout_prob: 0.1,
             num_classes: 7,
             learn_sigma: true,
+            conditioning: Default::default(),
         };
         let model = dit::Dit::new(config).unwrap();
         for lanes in [1, 2, 8] {

@@ -7,6 +7,8 @@ use sha2::{Digest, Sha256};
 pub enum Init {
     /// All zero.
     Zeros,
+    /// All one.
+    Ones,
     /// Normal with mean 0.
     Normal {
         /// Standard deviation.
@@ -32,6 +34,7 @@ pub fn initial_values(seed: u64, name: &str, init: &Init, numel: usize) -> Vec<f
     let key = Key::new(seed, Purpose::Init, u64::from_le_bytes(name_digest));
     match init {
         Init::Zeros => vec![0.0; numel],
+        Init::Ones => vec![1.0; numel],
         Init::Normal { std } => {
             let mut values = vec![0.0; numel];
             fill_normal(key, &mut values);

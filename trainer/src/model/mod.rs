@@ -101,7 +101,8 @@ pub trait Model: Send + Sync {
     fn label_dropout(&self) -> f64;
     /// Whether the output has a second half of channels for the variance.
     fn learn_sigma(&self) -> bool;
-    /// Multiply-adds of one forward pass of one sample, as the DiT paper counts them.
+    /// Multiply-adds of one forward pass of one sample, as the DiT paper counts them: those of matrix products, and one
+    /// for each element of a LayerNorm.
     fn macs_per_sample(&self) -> u64;
 
     /// Elements of all parameters, frozen ones included.
