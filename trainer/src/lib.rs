@@ -8,6 +8,7 @@ pub mod encode;
 pub mod engine;
 pub mod ffi;
 pub mod images;
+pub mod interop;
 pub mod model;
 pub mod recipe;
 pub mod sampling;

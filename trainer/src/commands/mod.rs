@@ -3,5 +3,6 @@
 pub mod bench_step;
 pub mod digest;
 pub mod sample;
-pub mod source;
 pub mod train;
+
+pub use crate::interop::run as source;

@@ -1,24 +1,31 @@
-//! Where a command reads a checkpoint from.
+//! Opening one of our checkpoints by URL, to read it.
 
-use anyhow::{Context, Result, bail};
+use super::InteropError;
 use checkpoint::{CheckpointReader, Manifest, RunStore};
+use std::path::PathBuf;
+
+/// The local file that `location` (a path or a `file://` URL) names; `None` where there is none.
+pub fn local_file(location: &str) -> Option<PathBuf> {
+    configs::location::local_path(location).filter(|path| path.is_file())
+}
 
 /// Opens the checkpoint at `url`: a run folder (its newest valid checkpoint), `<run>/checkpoints/step-…` (the newest commit
 /// of that step) or `<run>/checkpoints/step-…/manifest-….json`.
 ///
 /// # Errors
 /// No such run or checkpoint, or it is damaged.
-pub fn open(url: &str) -> Result<(RunStore, Manifest)> {
-    let here = std::env::current_dir().context("the current folder")?;
+pub fn open(url: &str) -> Result<(RunStore, Manifest), InteropError> {
+    let here = std::env::current_dir().map_err(InteropError::io(".".as_ref(), "the current folder"))?;
     let url = configs::location::resolve(&here, url);
     let (run, wanted) = match url.split_once("/checkpoints/step-") {
         Some((run, rest)) => (run.to_owned(), Some(rest.to_owned())),
         None => (url.trim_end_matches('/').to_owned(), None),
     };
     let store = RunStore::open_existing(&run)?;
+    let none = |reason: String| InteropError::NoCheckpoint { url: store.url().to_owned(), reason };
     let Some(wanted) = wanted else {
         let Some((manifest, damaged)) = store.newest_valid()? else {
-            bail!("{}: no valid checkpoint there", store.url());
+            return Err(none("no valid checkpoint there".to_owned()));
         };
         for damaged in damaged {
             eprintln!("trainer: warning: damaged checkpoint passed over: {damaged}");
@@ -26,12 +33,15 @@ pub fn open(url: &str) -> Result<(RunStore, Manifest)> {
         return Ok((store, manifest));
     };
     let (step, file) = wanted.split_once('/').unwrap_or((&wanted, ""));
-    let step: u64 = step.parse().with_context(|| format!("`{wanted}`: no step number"))?;
+    let step: u64 = step.parse().map_err(|_| none(format!("`step-{wanted}`: no step number")))?;
     let fits = |key: &str| file.is_empty() || key.ends_with(&format!("/{file}"));
     let committed = store.committed()?;
     let Some(commit) = committed.iter().find(|commit| commit.step == step && fits(&commit.key)) else {
         let steps: Vec<String> = committed.iter().map(|commit| commit.step.to_string()).collect();
-        bail!("{}: no committed checkpoint of step {step} {file}; there are steps {}", store.url(), steps.join(", "));
+        return Err(none(format!(
+            "no committed checkpoint of step {step} {file}; there are steps {}",
+            steps.join(", ")
+        )));
     };
     let manifest = store.manifest(commit)?;
     Ok((store, manifest))
@@ -41,7 +51,7 @@ pub fn open(url: &str) -> Result<(RunStore, Manifest)> {
 ///
 /// # Errors
 /// As [`open`].
-pub fn reader(url: &str) -> Result<CheckpointReader> {
+pub fn reader(url: &str) -> Result<CheckpointReader, InteropError> {
     let (store, manifest) = open(url)?;
     Ok(store.read(&manifest))
 }
