@@ -85,6 +85,9 @@ pub enum InteropError {
         /// Why.
         source: Box<crate::recipe::RecipeError>,
     },
+    /// A diffusers folder.
+    #[error(transparent)]
+    Diffusers(#[from] super::diffusers::DiffusersError),
     /// libtorch refused an operation.
     #[error(transparent)]
     Torch(#[from] tch::TchError),

@@ -2,6 +2,7 @@
 //!
 //! Names are always those of the official PyTorch state dict.
 
+pub mod diffusers;
 mod error;
 pub mod run;
 pub mod safetensors;
@@ -65,12 +66,15 @@ impl std::str::FromStr for WeightsSection {
     }
 }
 
-/// Reads one section of weights from `source`: the URL of a run or checkpoint, or the path of a safetensors file.
-/// Where a file holds one set of weights only, it is taken whatever the section.
+/// Reads one section of weights from `source`: the URL of a run or checkpoint, the path of a safetensors file, or a diffusers
+/// folder. Where a file holds one set of weights only, it is taken whatever the section.
 ///
 /// # Errors
 /// Nothing of that kind there, a file that is damaged, or no such section.
 pub fn read_weights(source: &str, section: WeightsSection) -> Result<NamedWeights, InteropError> {
+    if let Some(folder) = configs::location::local_path(source).filter(|path| diffusers::is_folder(path)) {
+        return diffusers::read(&folder);
+    }
     match run::local_file(source) {
         Some(path) => safetensors::read_weights(&path, &section),
         None => of_checkpoint(&run::reader(source)?, source, &section),

@@ -4,7 +4,7 @@
 //! attention tensors: `stabilityai/sd-vae-ft-ema` as well as the small VAE of the quickstart. Everything computes in f32.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
 
@@ -48,7 +48,8 @@ impl Moments {
 /// An encoder and decoder with their weights on one device.
 pub struct AutoencoderKl {
     config: VaeConfig,
-    digest: Option<String>,
+    /// Weight file and the SHA-256 of its bytes in hex.
+    file: Option<(PathBuf, String)>,
     device: Device,
     encoder: Encoder,
     quant_conv: Option<Conv>,
@@ -66,7 +67,7 @@ impl AutoencoderKl {
         let config = VaeConfig::load(&dir.join("config.json"))?;
         let (path, tensors, digest) = weights::read_folder(dir)?;
         let vae = Self::build(config, tensors, device, &path.display().to_string())?;
-        Ok(Self { digest: Some(digest), ..vae })
+        Ok(Self { file: Some((path, digest)), ..vae })
     }
 
     /// Builds the network from tensors under their names in the weight file, on the CPU.
@@ -97,7 +98,7 @@ impl AutoencoderKl {
             },
             decoder: Decoder::new(&mut weights, &config)?,
             config,
-            digest: None,
+            file: None,
             device,
         };
         weights.finish(origin)?;
@@ -111,7 +112,12 @@ impl AutoencoderKl {
 
     /// SHA-256 (hex) of the weight file; `None` when built from tensors in memory.
     pub fn digest(&self) -> Option<&str> {
-        self.digest.as_deref()
+        self.file.as_ref().map(|(_, digest)| digest.as_str())
+    }
+
+    /// The weight file; `None` when built from tensors in memory.
+    pub fn weights_file(&self) -> Option<&Path> {
+        self.file.as_ref().map(|(path, _)| path.as_path())
     }
 
     /// Where the weights are; inputs must be there too.
