@@ -131,7 +131,7 @@ impl RunStore {
     }
 }
 
-async fn attempt_numbers(backend: &Backend) -> Result<Vec<u32>, CheckpointError> {
+pub(crate) async fn attempt_numbers(backend: &Backend) -> Result<Vec<u32>, CheckpointError> {
     Ok(backend.list(keys::ATTEMPTS).await?.iter().filter_map(|key| keys::parse_attempt(key)).collect())
 }
 

@@ -13,8 +13,9 @@ use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload,
 use std::{ops::Range, path::PathBuf, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
-/// How often a create whose outcome is unknown is tried again.
-const CREATE_TRIES: u32 = 5;
+/// How often an operation that failed for a reason which may pass is tried in all. Clients of remote stores also try by
+/// themselves; this covers the stores that do not, and answers that only we can judge.
+const TRIES: u32 = 5;
 /// Deletes in flight.
 const DELETES: usize = 8;
 
@@ -127,11 +128,55 @@ impl Backend {
         }
     }
 
+    /// Waits before try number `attempt`; false if the deadline comes first.
+    async fn pause(&self, attempt: u32, deadline: Deadline) -> bool {
+        let until = Instant::now() + self.options.retry_pause * 4u32.pow(attempt - 1);
+        let in_time = until < deadline.at;
+        if in_time {
+            tokio::time::sleep_until(until).await;
+        }
+        in_time
+    }
+
+    /// [`Backend::bounded`], tried again while the reason may pass. Only for operations that change nothing, or nothing more
+    /// the second time.
+    async fn retried<T, W: Future<Output = object_store::Result<T>>>(
+        &self,
+        operation: &'static str,
+        key: &str,
+        deadline: Deadline,
+        work: impl Fn() -> W,
+    ) -> Result<T, Failure> {
+        self.tried(TRIES, operation, key, deadline, work).await
+    }
+
+    async fn tried<T, W: Future<Output = object_store::Result<T>>>(
+        &self,
+        tries: u32,
+        operation: &'static str,
+        key: &str,
+        deadline: Deadline,
+        work: impl Fn() -> W,
+    ) -> Result<T, Failure> {
+        let mut attempt = 1;
+        loop {
+            match self.bounded(operation, key, deadline, work()).await {
+                Err(failure) if failure.kind == FailureKind::Unknown && attempt < tries => {
+                    if !self.pause(attempt, deadline).await {
+                        return Err(failure);
+                    }
+                    attempt += 1;
+                }
+                result => return result,
+            }
+        }
+    }
+
     /// Keys below `folder`, relative to the run folder, in no particular order. A folder that does not exist is empty.
     pub async fn list(&self, folder: &str) -> Result<Vec<String>, CheckpointError> {
         let prefix = self.path(folder)?;
-        let listing = self.store.list(Some(&prefix)).map_ok(|meta| meta.location).try_collect::<Vec<Path>>();
-        let paths = self.bounded("list", folder, self.deadline(0), listing).await?;
+        let listing = || self.store.list(Some(&prefix)).map_ok(|meta| meta.location).try_collect::<Vec<Path>>();
+        let paths = self.retried("list", folder, self.deadline(0), listing).await?;
         let below_root = |path: &Path| match self.root.as_ref() {
             "" => Some(path.as_ref().to_owned()),
             root => Some(path.as_ref().strip_prefix(root)?.strip_prefix('/')?.to_owned()),
@@ -142,20 +187,23 @@ impl Backend {
     /// A whole sealed object.
     pub async fn get_small(&self, key: &str) -> Result<Bytes, Failure> {
         let path = self.path(key)?;
-        let deadline = self.deadline(0);
-        let result = self.bounded("read", key, deadline, self.store.get(&path)).await?;
-        let bytes = result.meta.size;
+        let bytes = self.size_bytes(key).await?;
         if bytes > MAX_SEALED_BYTES {
             let error = self.damaged(key, format!("{bytes} bytes; expected JSON of at most {MAX_SEALED_BYTES}"));
             return Err(Failure { kind: FailureKind::Final, error });
         }
-        self.bounded("read", key, self.deadline(bytes), result.bytes()).await
+        // The object never changes, so what was looked up still holds; a shorter body is a broken transfer.
+        let read = || async {
+            let body = self.store.get(&path).await?.bytes().await?;
+            if body.len() as u64 == bytes { Ok(body) } else { Err(cut_short(body.len(), bytes)) }
+        };
+        self.retried("read", key, self.deadline(bytes), read).await
     }
 
     /// The length of an object.
     pub async fn size_bytes(&self, key: &str) -> Result<u64, Failure> {
         let path = self.path(key)?;
-        Ok(self.bounded("look up", key, self.deadline(0), self.store.head(&path)).await?.size)
+        Ok(self.retried("look up", key, self.deadline(0), || self.store.head(&path)).await?.size)
     }
 
     /// Chunk `index` of an object that was written with `fingerprint`, verified.
@@ -170,20 +218,22 @@ impl Backend {
         let start = index as u64 * chunk_bytes;
         let range = start..object_bytes.min(start.saturating_add(chunk_bytes));
         let wrong = |reason: String| Failure { kind: FailureKind::Final, error: self.damaged(key, reason) };
-        let (bytes, size_bytes) = match self.get_range(key, range.clone()).await {
+        let (mut bytes, size_bytes) = match self.get_range(key, range.clone(), 1).await {
             Ok(found) => found,
             // A range beyond the end of a truncated object fails in as many ways as there are stores: ask for the length.
             Err(failure) if failure.kind == FailureKind::Unknown => match self.size_bytes(key).await {
                 Ok(size) if size != object_bytes => (Bytes::new(), size),
-                Err(Failure { kind: FailureKind::Absent, error }) => {
-                    return Err(Failure { kind: FailureKind::Absent, error });
-                }
-                _ => return Err(failure),
+                Ok(_) => self.get_range(key, range.clone(), TRIES).await?,
+                Err(failure) => return Err(failure),
             },
             Err(failure) => return Err(failure),
         };
         if size_bytes != object_bytes {
             return Err(wrong(format!("it has {size_bytes} bytes, but it was written with {object_bytes}")));
+        }
+        // Bytes can be spoilt on their way too: the object is called damaged only if they are wrong twice.
+        if Sha256Digest::of(&bytes) != expected {
+            bytes = self.get_range(key, range.clone(), TRIES).await?.0;
         }
         let found = Sha256Digest::of(&bytes);
         if found != expected {
@@ -195,17 +245,19 @@ impl Backend {
         Ok(bytes)
     }
 
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<(Bytes, u64), Failure> {
+    /// Bytes of an object, and its length.
+    async fn get_range(&self, key: &str, range: Range<u64>, tries: u32) -> Result<(Bytes, u64), Failure> {
         let path = self.path(key)?;
         let deadline = self.deadline(range.end - range.start);
-        let work = async {
+        let work = || async {
             // An empty object has no range to ask for.
-            let options = if range.is_empty() { GetOptions::new() } else { GetOptions::new().with_range(Some(range)) };
-            let result = self.store.get_opts(&path, options).await?;
-            let size = result.meta.size;
-            Ok((result.bytes().await?, size))
+            let wanted = (!range.is_empty()).then(|| range.clone());
+            let result = self.store.get_opts(&path, GetOptions::new().with_range(wanted)).await?;
+            let (size, sent) = (result.meta.size, result.range.end - result.range.start);
+            let body = result.bytes().await?;
+            if body.len() as u64 == sent { Ok((body, size)) } else { Err(cut_short(body.len(), sent)) }
         };
-        self.bounded("read", key, deadline, work).await
+        self.tried(tries, "read", key, deadline, work).await
     }
 
     /// Creates an object that must not exist yet. Whenever the answer leaves room for doubt (`AlreadyExists` from stores
@@ -223,13 +275,9 @@ impl Backend {
         let path = self.path(key)?;
         let deadline = self.deadline(2 * time_for_bytes);
         let mut last = None;
-        for attempt in 0..CREATE_TRIES {
-            if attempt > 0 {
-                let pause = Instant::now() + Duration::from_millis(25 << (2 * attempt));
-                if pause >= deadline.at {
-                    break;
-                }
-                tokio::time::sleep_until(pause).await;
+        for attempt in 0..TRIES {
+            if attempt > 0 && !self.pause(attempt, deadline).await {
+                break;
             }
             let put = self.store.put_opts(&path, payload.clone(), PutMode::Create.into());
             match self.bounded("create", key, deadline, put).await {
@@ -250,11 +298,26 @@ impl Backend {
         }))
     }
 
-    /// Creates a small object, read back before success is believed.
+    /// Creates a small object, read back before success is believed. On a store whose writes are not atomic, our own write may
+    /// have ended half-way and would stand in the way for ever: what is only a beginning of our bytes is removed and written
+    /// again. Whoever else may have begun it has not finished it either.
     pub async fn create_small(&self, key: &str, bytes: &[u8]) -> Result<Landed, CheckpointError> {
         let bytes = Bytes::copy_from_slice(bytes);
         let fingerprint = fingerprint(std::slice::from_ref(&bytes));
-        self.create(key, bytes.into(), &fingerprint, fingerprint.bytes, true).await
+        for _ in 0..TRIES {
+            if self.create(key, bytes.clone().into(), &fingerprint, fingerprint.bytes, true).await? == Landed::Ours {
+                return Ok(Landed::Ours);
+            }
+            match self.get_small(key).await {
+                Ok(found) if found.len() < bytes.len() && bytes.starts_with(&found) => {
+                    self.delete(&[key.to_owned()]).await?;
+                }
+                Err(failure) if failure.kind != FailureKind::Absent => return Err(failure.error),
+                Ok(_) => return Ok(Landed::Theirs),
+                Err(_) => {}
+            }
+        }
+        Ok(Landed::Theirs)
     }
 
     /// Whether the object's bytes are those of `fingerprint`; `None` if there is no object.
@@ -282,7 +345,7 @@ impl Backend {
             .map(|index| async move {
                 let key = &keys[index];
                 let path = self.path(key)?;
-                match self.bounded("delete", key, self.deadline(0), self.store.delete(&path)).await {
+                match self.retried("delete", key, self.deadline(0), || self.store.delete(&path)).await {
                     Err(failure) if failure.kind == FailureKind::Absent => Ok(()),
                     other => other,
                 }
@@ -292,4 +355,10 @@ impl Backend {
             .await;
         results.into_iter().collect::<Result<(), Failure>>().map_err(CheckpointError::from)
     }
+}
+
+/// A body that ended before its announced length.
+fn cut_short(found: usize, announced: u64) -> object_store::Error {
+    let source = format!("the body ended after {found} of {announced} bytes").into();
+    object_store::Error::Generic { store: "transfer", source }
 }

@@ -42,6 +42,16 @@ pub(crate) fn parse_manifest(key: &str) -> Option<(u64, u32)> {
     (manifest(step, attempt) == key).then_some((step, attempt))
 }
 
+/// Step and attempt of any object below `checkpoints/`.
+pub(crate) fn parse_object(key: &str) -> Option<(u64, u32)> {
+    parse_manifest(key).or_else(|| {
+        let step = parse_step(key)?;
+        let (number, _) = key.strip_prefix(&step_folder(step))?.strip_prefix("/attempt-")?.split_once('/')?;
+        let attempt = number.parse().ok()?;
+        (number == format!("{attempt:04}")).then_some((step, attempt))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,6 +63,11 @@ mod tests {
         assert_eq!(parse_manifest(&manifest(12_345_678_901, 70_000)), Some((12_345_678_901, 70_000)));
         assert_eq!(parse_attempt(&attempt(7)), Some(7));
         assert_eq!(parse_step(&shard(5, 1, 0, 4, 2)), Some(5));
+        assert_eq!(parse_object(&shard(5, 1, 0, 4, 2)), Some((5, 1)));
+        assert_eq!(parse_object(&manifest(1000, 3)), Some((1000, 3)));
+        for other in ["checkpoints/step-000001000/notes.txt", "checkpoints/step-000001000/attempt-3/x"] {
+            assert_eq!(parse_object(other), None, "{other}");
+        }
         for other in [
             "checkpoints/step-1000/manifest-0003.json",
             "checkpoints/step-000001000/manifest-3.json",

@@ -41,25 +41,33 @@ impl RunStore {
         })
     }
 
-    async fn remove_step(&self, step: u64, objects: Vec<String>) -> Result<(), CheckpointError> {
+    pub(crate) async fn remove_step(&self, step: u64, objects: Vec<String>) -> Result<(), CheckpointError> {
+        self.remove_objects(step, objects).await?;
+        // Empty folders and half-written files of killed processes, which listings do not show.
+        let folder = self.backend.folder.as_ref().map(|root| root.join(keys::step_folder(step)));
+        match folder.map(std::fs::remove_dir_all) {
+            Some(Err(e)) if e.kind() != std::io::ErrorKind::NotFound => Err(self.cannot_delete(step, &e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Deletes objects of one step: the manifests first, durably, then the rest.
+    pub(crate) async fn remove_objects(&self, step: u64, objects: Vec<String>) -> Result<(), CheckpointError> {
         let (manifests, others): (Vec<String>, Vec<String>) =
             objects.into_iter().partition(|key| keys::parse_manifest(key).is_some());
         self.backend.delete(&manifests).await?;
-        let folder = self.backend.folder.as_ref().map(|root| root.join(keys::step_folder(step)));
-        let failed = |e: std::io::Error| CheckpointError::Store {
+        if let (Some(root), false) = (&self.backend.folder, manifests.is_empty()) {
+            sync_folder(&root.join(keys::step_folder(step))).map_err(|e| self.cannot_delete(step, &e))?;
+        }
+        self.backend.delete(&others).await
+    }
+
+    pub(crate) fn cannot_delete(&self, step: u64, error: &std::io::Error) -> CheckpointError {
+        CheckpointError::Store {
             url: self.backend.url.clone(),
             operation: "delete",
             key: keys::step_folder(step),
-            reason: e.to_string(),
-        };
-        if let Some(folder) = &folder {
-            sync_folder(folder).map_err(failed)?;
-        }
-        self.backend.delete(&others).await?;
-        // Empty folders and half-written files of killed processes, which listings do not show.
-        match folder.map(std::fs::remove_dir_all) {
-            Some(Err(e)) if e.kind() != std::io::ErrorKind::NotFound => Err(failed(e)),
-            _ => Ok(()),
+            reason: error.to_string(),
         }
     }
 }

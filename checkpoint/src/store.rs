@@ -22,11 +22,18 @@ pub struct StoreOptions {
     pub min_bytes_per_s: u64,
     /// Most bytes of data in one object of a shard. Default 256 MiB.
     pub part_bytes: u64,
+    /// Pause before an operation that failed is tried again; it grows fourfold from try to try. Default 50 ms.
+    pub retry_pause: Duration,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { op_timeout: Duration::from_secs(30), min_bytes_per_s: 4 << 20, part_bytes: 256 << 20 }
+        Self {
+            op_timeout: Duration::from_secs(30),
+            min_bytes_per_s: 4 << 20,
+            part_bytes: 256 << 20,
+            retry_pause: Duration::from_millis(50),
+        }
     }
 }
 

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod damage;
+mod fault_schedules;
 mod fencing;
+mod garbage;
 mod hostile;
 mod misbehaving;
 mod protocol;
