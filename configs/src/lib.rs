@@ -32,5 +32,5 @@ pub use resume::{KeyChange, changed_experiment_keys};
 pub use schema::{
     CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
     DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig,
-    RunLocation, SampleConfig, Sampler, Schedule, TrainConfig,
+    RunLocation, SampleConfig, Sampler, Schedule, TimestepSampling, TrainConfig,
 };

@@ -11,6 +11,8 @@ use crate::reader::Reader;
 use crate::schema::*;
 use crate::{location, overrides, presets};
 
+mod diffusion;
+
 /// Upper end of integers without a natural one: TOML's integers are i64.
 const ANY: u64 = i64::MAX as u64;
 /// Upper end of counts that things are allocated by; a bound for typing errors, not for machines.
@@ -71,11 +73,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
         ),
         data: read_data(r, base),
         model: read_model(r),
-        diffusion: DiffusionConfig {
-            objective: r.choice("diffusion.objective", &[("eps", Objective::Eps)], Objective::Eps),
-            schedule: r.choice("diffusion.schedule", &[("linear", Schedule::Linear)], Schedule::Linear),
-            timesteps: r.integer("diffusion.timesteps", 21..=100_000, 1000) as usize,
-        },
+        diffusion: diffusion::read(r),
         optimizer: OptimizerConfig {
             lr: r.float("optimizer.lr", POSITIVE, 1e-4),
             betas: r.float_pair("optimizer.betas", BELOW_ONE, [0.9, 0.999]),
@@ -236,6 +234,7 @@ fn check(r: &mut Reader, c: &RunConfig) {
         r.refuse("reduction", "is not built yet", "use \"invariant\"");
     }
     check_model(r, &c.model);
+    diffusion::check(r, &c.diffusion);
     if r.sound(&["train.lanes"]) && !c.train.lanes.is_power_of_two() {
         let above = c.train.lanes.next_power_of_two();
         let batches = if r.sound(&["train.micro_batch"]) {
@@ -304,7 +303,8 @@ fn is(r: &Reader, key: &str, value: usize) -> String {
 }
 
 fn check_sampling(r: &mut Reader, c: &RunConfig) {
-    if r.sound(&["sample.steps", "diffusion.timesteps"]) && c.sample.steps > c.diffusion.timesteps {
+    let discrete = c.diffusion.objective != Objective::Flow;
+    if discrete && r.sound(&["sample.steps", "diffusion.timesteps"]) && c.sample.steps > c.diffusion.timesteps {
         let timesteps = c.diffusion.timesteps;
         r.refuse(
             "sample.steps",

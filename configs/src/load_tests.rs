@@ -153,6 +153,17 @@ fn contradictions_are_refused() {
         (&["sample.every_steps=5"], "sample.every_steps"),
         (&["sample.every_steps=5", "sample.vae=/v", "model.class_dropout_prob=0"], "model.class_dropout_prob"),
         (&["optimizer.decay=cosine", "optimizer.warmup_steps=10"], "optimizer.warmup_steps"),
+        (&["diffusion.zero_terminal_snr=true"], "diffusion.zero_terminal_snr"),
+        (&["diffusion.objective=flow", "diffusion.schedule=linear"], "diffusion.schedule"),
+        (&["diffusion.objective=flow", "diffusion.timesteps=500"], "diffusion.timesteps"),
+        (&["diffusion.objective=flow", "diffusion.min_snr_gamma=5"], "diffusion.min_snr_gamma"),
+        (&["diffusion.objective=flow", "diffusion.logit_std=2"], "diffusion.logit_std"),
+        (&["diffusion.timestep_sampling=logit-normal"], "diffusion.timestep_sampling"),
+        (&["diffusion.logit_mean=0.5"], "diffusion.logit_mean"),
+        (&["diffusion.beta_start=0.001"], "diffusion.beta_start"),
+        (&["diffusion.beta_end=0.02"], "diffusion.beta_end"),
+        (&["diffusion.beta_start=0.1", "diffusion.beta_end=0.02"], "diffusion.beta_start"),
+        (&["diffusion.schedule=squared-cosine", "diffusion.beta_end=0.02"], "diffusion.beta_end"),
     ] {
         assert_eq!(mistake(given).key, key, "{given:?}");
     }
@@ -161,6 +172,40 @@ fn contradictions_are_refused() {
             .is_ok()
     );
     assert!(load(SMALL, &["optimizer.warmup_steps=10"]).is_ok());
+}
+
+#[test]
+fn every_objective_and_schedule_has_its_keys() {
+    let diffusion = |overrides: &[&str]| load(SMALL, overrides).unwrap().diffusion;
+    let v = diffusion(&[
+        "diffusion.objective=v",
+        "diffusion.schedule=scaled_linear",
+        "diffusion.beta_start=0.001",
+        "diffusion.beta_end=0.01",
+        "diffusion.zero_terminal_snr=true",
+        "diffusion.min_snr_gamma=5",
+    ]);
+    assert_eq!((v.objective, v.schedule), (Objective::V, Schedule::ScaledLinear));
+    assert_eq!((v.beta_start, v.beta_end, v.zero_terminal_snr), (Some(0.001), Some(0.01), true));
+    assert_eq!(v.min_snr_gamma, Some(5.0));
+    let x_start = diffusion(&["diffusion.objective=x_start", "diffusion.schedule=squaredcos_cap_v2"]);
+    assert_eq!((x_start.objective, x_start.schedule), (Objective::XStart, Schedule::SquaredCosine));
+    let sampling = ["diffusion.timestep_sampling=logit-normal", "diffusion.logit_mean=-0.5"];
+    let flow = diffusion(&["diffusion.objective=flow", sampling[0], sampling[1], "sample.steps=2000"]);
+    assert_eq!((flow.timestep_sampling, flow.logit_mean, flow.logit_std), (TimestepSampling::LogitNormal, -0.5, 1.0));
+}
+
+#[test]
+fn keys_of_the_diffusion_are_recorded_where_they_say_something() {
+    let record = |overrides: &[&str]| load(SMALL, overrides).unwrap().to_json()["diffusion"].clone();
+    // As recorded before the further keys existed, so that those runs can go on.
+    assert_eq!(record(&[]), serde_json::json!({"objective": "eps", "schedule": "linear", "timesteps": 1000}));
+    let recorded = record(&["diffusion.objective=flow", "diffusion.timestep_sampling=logit-normal"]);
+    assert_eq!(recorded["timestep_sampling"], "logit-normal");
+    for overrides in [&["diffusion.objective=v", "diffusion.zero_terminal_snr=true"][..], &[]] {
+        let read: DiffusionConfig = serde_json::from_value(record(overrides)).unwrap();
+        assert_eq!(read, load(SMALL, overrides).unwrap().diffusion);
+    }
 }
 
 #[test]

@@ -89,15 +89,17 @@ pub fn buckets(bundle: &Bundle, model: &dyn Model, lanes: usize) -> Result<Bucke
     Ok(buckets)
 }
 
-/// A schedule by the name that the official code gives it.
+/// A schedule by the name that the official code, diffusers or our configs give it.
 ///
 /// # Errors
 /// When there is no such schedule here.
 pub fn schedule(name: &str) -> Result<Schedule> {
     match name {
         "linear" => Ok(Schedule::Linear),
+        "squaredcos_cap_v2" | "squared-cosine" => Ok(Schedule::SquaredCosine),
+        "scaled_linear" | "scaled-linear" => Ok(Schedule::ScaledLinear),
         other => {
-            let expected = "`linear`".to_owned();
+            let expected = "`linear`, `squaredcos_cap_v2` or `scaled_linear`".to_owned();
             Err(BundleError::Key { key: "schedule".to_owned(), found: other.to_owned(), expected })
         }
     }

@@ -1,10 +1,13 @@
 //! What a run computes, resolved from config and data set, and recorded in every manifest.
 
-use crate::diffusion::{Objective, Prediction, Process, Respacing, Schedule, Tables, VariationalEps};
+use crate::diffusion::{
+    FlowMatching, Gaussian, Objective, Prediction, Process, Respacing, Schedule, Tables, TimestepSampling,
+    zero_terminal_snr,
+};
 use crate::model::Model;
 use crate::model::dit::{Conditioning, Dit, DitConfig};
 use crate::vae::AutoencoderKl;
-use configs::RunConfig;
+use configs::{DiffusionConfig, RunConfig};
 use data_loader::LatentDataset;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,30 +21,11 @@ pub struct Recipe {
     /// The model's dimensions, none left open.
     pub model: DitConfig,
     /// The diffusion.
-    pub diffusion: DiffusionRecipe,
+    pub diffusion: DiffusionConfig,
     /// What the data set says about itself.
     pub dataset: DatasetRecord,
     /// What sampling needs by default.
     pub sample: SampleRecipe,
-}
-
-/// The diffusion's definition.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DiffusionRecipe {
-    /// What is predicted.
-    pub objective: ObjectiveKind,
-    /// Noise schedule.
-    pub schedule: Schedule,
-    /// Original timesteps.
-    pub timesteps: usize,
-}
-
-/// What a model predicts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ObjectiveKind {
-    /// The noise.
-    Eps,
 }
 
 /// What makes a data set another one as far as a run is concerned.
@@ -137,15 +121,9 @@ impl Recipe {
         if !problems.is_empty() {
             return Err(RecipeError::Contradiction(problems));
         }
-        let objective = match config.diffusion.objective {
-            configs::Objective::Eps => ObjectiveKind::Eps,
-        };
-        let schedule = match config.diffusion.schedule {
-            configs::Schedule::Linear => Schedule::Linear,
-        };
         Ok(Self {
             model,
-            diffusion: DiffusionRecipe { objective, schedule, timesteps: config.diffusion.timesteps },
+            diffusion: config.diffusion.clone(),
             dataset: DatasetRecord {
                 rows: meta.rows,
                 latent_shape: meta.latent_shape.clone(),
@@ -204,23 +182,89 @@ impl Recipe {
 
     /// What a sampler has to reverse.
     pub fn process(&self) -> Process {
-        match self.diffusion.objective {
-            ObjectiveKind::Eps => Process::Gaussian { betas: self.betas(), prediction: Prediction::Eps },
+        match self.prediction() {
+            Some(prediction) => Process::Gaussian { betas: self.betas(), prediction },
+            None => Process::Flow,
         }
-    }
-
-    fn betas(&self) -> Vec<f64> {
-        self.diffusion.schedule.betas(self.diffusion.timesteps)
     }
 
     /// The training objective over all timesteps.
     pub fn build_objective(&self) -> Box<dyn Objective> {
+        let d = &self.diffusion;
+        let Some(prediction) = self.prediction() else {
+            let sampling = match d.timestep_sampling {
+                configs::TimestepSampling::Uniform => TimestepSampling::Uniform,
+                configs::TimestepSampling::LogitNormal => {
+                    TimestepSampling::LogitNormal { mean: d.logit_mean, std: d.logit_std }
+                }
+            };
+            return Box::new(FlowMatching { sampling });
+        };
         let betas = self.betas();
         let all: Vec<usize> = Respacing::All.kept(betas.len()).unwrap_or_default();
+        let gaussian = Gaussian::new(Tables::new(&betas, &all), prediction, self.model.learn_sigma);
+        Box::new(match d.min_snr_gamma {
+            Some(gamma) => gaussian.min_snr(gamma),
+            None => gaussian,
+        })
+    }
+
+    /// What the model predicts of a diffusion in discrete time; `None` for a flow.
+    fn prediction(&self) -> Option<Prediction> {
         match self.diffusion.objective {
-            ObjectiveKind::Eps => {
-                Box::new(VariationalEps { tables: Tables::new(&betas, &all), learn_sigma: self.model.learn_sigma })
-            }
+            configs::Objective::Eps => Some(Prediction::Eps),
+            configs::Objective::XStart => Some(Prediction::XStart),
+            configs::Objective::V => Some(Prediction::V),
+            configs::Objective::Flow => None,
         }
+    }
+
+    fn betas(&self) -> Vec<f64> {
+        let d = &self.diffusion;
+        let schedule = match d.schedule {
+            configs::Schedule::Linear => Schedule::Linear,
+            configs::Schedule::SquaredCosine => Schedule::SquaredCosine,
+            configs::Schedule::ScaledLinear => Schedule::ScaledLinear,
+        };
+        let betas = match d.beta_start.zip(d.beta_end) {
+            Some(ends) => schedule.betas_between(ends, d.timesteps),
+            None => schedule.betas(d.timesteps),
+        };
+        if d.zero_terminal_snr { zero_terminal_snr(&betas) } else { betas }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn recipe(diffusion: Value) -> Recipe {
+        let model = json!({
+            "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2,
+            "mlp_ratio": 4.0, "class_dropout_prob": 0.1, "num_classes": 10, "learn_sigma": true,
+        });
+        let dataset = json!({"rows": 1, "latent_shape": [4, 8, 8], "scaling_factor": 1.0, "vae_digest": null});
+        let config = json!({"model": model, "diffusion": diffusion, "dataset": dataset, "sample": {"vae": null}});
+        Recipe::of_manifest(&config).unwrap()
+    }
+
+    #[test]
+    fn manifests_from_before_the_further_keys_are_read() {
+        let recipe = recipe(json!({"objective": "eps", "schedule": "linear", "timesteps": 1000}));
+        let betas = Schedule::Linear.betas(1000);
+        assert_eq!(recipe.process(), Process::Gaussian { betas, prediction: Prediction::Eps });
+    }
+
+    #[test]
+    fn the_process_is_the_one_that_the_keys_describe() {
+        let keys = json!({
+            "objective": "v", "schedule": "scaled-linear", "timesteps": 100, "beta_start": 0.001, "beta_end": 0.1,
+            "zero_terminal_snr": true,
+        });
+        let betas = zero_terminal_snr(&Schedule::ScaledLinear.betas_between((0.001, 0.1), 100));
+        assert_eq!(recipe(keys).process(), Process::Gaussian { betas, prediction: Prediction::V });
+        let flow = json!({"objective": "flow", "schedule": "linear", "timesteps": 1000});
+        assert_eq!(recipe(flow).process(), Process::Flow);
     }
 }

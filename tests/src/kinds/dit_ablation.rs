@@ -7,7 +7,7 @@ use crate::pass::Pass;
 use crate::report::Report;
 use std::collections::HashMap;
 use tch::Tensor;
-use trainer::diffusion::VariationalEps;
+use trainer::diffusion::{Gaussian, Objective, Prediction, Time};
 use trainer::model::Model;
 
 pub(super) const KIND: Kind = Kind {
@@ -43,16 +43,13 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     found.entry("c".to_owned()).or_insert(condition);
 
     // The loss is that of noised latents (in/x as x_start), while the recorded intermediates are of in/x itself.
-    let objective = VariationalEps { tables: dit::tables(&bundle.spec)?, learn_sigma: model.learn_sigma() };
+    let objective = Gaussian::new(dit::tables(&bundle.spec)?, Prediction::Eps, model.learn_sigma());
     let noise = dit::latents(bundle, "in/noise", &model, n)?;
     let steps = dit::timesteps(bundle, "in/t", n, objective.tables.timesteps())?;
-    let noised = objective.noise_with(x, steps, noise);
+    let noised = objective.noised(x, Time::Steps(steps), noise);
     let buckets = dit::buckets(bundle, &model, 1)?;
     let pass = Pass { model: &model, buckets: &buckets, input: [&noised.x_t, &noised.model_t, &y] };
-    let loss = |output: &Tensor| {
-        let (mse, vb) = objective.per_sample(output, &noised);
-        vb.map_or_else(|| mse.shallow_clone(), |vb| &mse + vb)
-    };
+    let loss = |output: &Tensor| objective.losses(output, &noised).total();
     found.insert("output".to_owned(), output);
     found.insert("loss".to_owned(), loss(&pass.forward().output().detach()));
 

@@ -5,6 +5,8 @@ mod diffusion_tables;
 mod dit_ablation;
 mod dit_forward;
 mod sampling;
+mod sit;
+mod sit_sampling;
 mod train_steps;
 mod training_losses;
 mod vae;
@@ -38,6 +40,7 @@ pub const KINDS: &[Kind] = &[
     train_steps::STEPS,
     train_steps::EMA,
     sampling::KIND,
+    sit::KIND,
     vae::KIND,
     vae::LEGACY_NAMES,
 ];

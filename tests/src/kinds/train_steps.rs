@@ -8,11 +8,12 @@ use crate::tolerance::Tolerance;
 use collective::single::SingleCollective;
 use configs::lanes::LaneBlock;
 use data_loader::MicroBatch;
+use data_loader::draws::Key;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tch::{Device, Tensor};
-use trainer::diffusion::{LossTerms, Noised, Objective, VariationalEps};
+use trainer::diffusion::{Gaussian, LossTerms, Noised, Objective, Prediction, SampleLosses, Time};
 use trainer::engine::bucket::{Buckets, Entry, view_of};
 use trainer::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use trainer::engine::stepper::{Experiment, Stepper};
@@ -152,7 +153,7 @@ impl<'b> Recording<'b> {
         }
         let draw = |batch: &Batch| (batch.t.clone(), batch.noise.shallow_clone());
         let replay = Arc::new(Replay {
-            inner: VariationalEps { tables, learn_sigma: self.model.learn_sigma() },
+            inner: Gaussian::new(tables, Prediction::Eps, self.model.learn_sigma()),
             draws: Mutex::new(self.batches.iter().map(draw).collect()),
             parts: Mutex::default(),
         });
@@ -211,7 +212,7 @@ fn labels_after_dropout(bundle: &Bundle, name: &dyn Fn(&str) -> String, model: &
 
 /// What an objective replays, and what it notes.
 struct Replay {
-    inner: VariationalEps,
+    inner: Gaussian,
     /// t and noise of every step.
     draws: Mutex<Vec<(Vec<usize>, Tensor)>>,
     /// mse and vb of every sample, appended by every step.
@@ -222,10 +223,26 @@ struct Replay {
 struct Replaying(Arc<Replay>);
 
 impl Objective for Replaying {
+    fn draw_times(&self, samples: usize, key: Key) -> Time {
+        self.0.inner.draw_times(samples, key)
+    }
+
+    fn times_at(&self, shares: &[f64]) -> Time {
+        self.0.inner.times_at(shares)
+    }
+
+    fn noised(&self, x_start: Tensor, t: Time, noise: Tensor) -> Noised {
+        self.0.inner.noised(x_start, t, noise)
+    }
+
+    fn losses(&self, output: &Tensor, noised: &Noised) -> SampleLosses {
+        self.0.inner.losses(output, noised)
+    }
+
     fn noise(&self, x_start: Tensor, _seed: u64, step: u64, _lane: usize) -> Noised {
         let draws = self.0.draws.lock().unwrap_or_else(PoisonError::into_inner);
         let (t, noise) = &draws[step as usize - 1];
-        self.0.inner.noise_with(x_start, t.clone(), noise.shallow_clone())
+        self.noised(x_start, Time::Steps(t.clone()), noise.shallow_clone())
     }
 
     fn loss(&self, output: &Tensor, noised: &Noised) -> LossTerms {

@@ -1,13 +1,15 @@
 //! `training_losses`: the objective with all its parts, and gradients through the engine's segment-wise backward.
 
 use super::{Kind, alone};
-use crate::bundle::{Bundle, Result};
+use crate::bundle::{Bundle, BundleError, Result, Spec};
 use crate::dit;
 use crate::pass::{LossOf, Pass};
 use crate::report::Report;
 use crate::tolerance::Tolerance;
 use tch::{Device, Tensor};
-use trainer::diffusion::{Noised, Objective, Tables, VariationalEps, variational_bound};
+use trainer::diffusion::{
+    Gaussian, Noised, Objective, Prediction, Tables, Time, VarianceTerms, learned_log_variance, variational_bound,
+};
 use trainer::model::Model;
 
 pub(super) const KIND: Kind = Kind {
@@ -26,45 +28,100 @@ pub(super) const KIND: Kind = Kind {
 fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let model = dit::model(bundle)?;
     let buckets = dit::buckets(bundle, &model, 1)?;
-    let objective = VariationalEps { tables: dit::tables(&bundle.spec)?, learn_sigma: model.learn_sigma() };
+    let prediction = prediction(&bundle.spec)?;
+    let objective = Gaussian::new(dit::tables(&bundle.spec)?, prediction, model.learn_sigma());
     let x_start = dit::latents(bundle, "in/x_start", &model, -1)?;
     let n = x_start.size()[0];
     let noise = dit::latents(bundle, "in/noise", &model, n)?;
     let t = dit::timesteps(bundle, "in/t", n, objective.tables.timesteps())?;
     let y = dit::labels(bundle, "in/y", &model, n)?;
-    let noised = objective.noise_with(x_start, t, noise);
+    let noised = objective.noised(x_start, Time::Steps(t), noise);
     let pass = Pass { model: &model, buckets: &buckets, input: [&noised.x_t, &noised.model_t, &y] };
 
     let output = pass.forward().output().detach();
     report.compare("out/x_t", &noised.x_t);
     report.compare("out/model_output", &output);
     let loose_bits = bundle.spec.text("description").and_then(|text| documented_bits(&text));
-    let mut likelihood = Likelihood { t: &noised.t, loose_bits, report };
-    compare_losses(&objective, &noised, &output, &mut likelihood);
-    compare_variational_parts(&objective, &noised, &output, &mut likelihood);
+    let mut likelihood = Likelihood { t: noised.t.steps(), loose_bits, report };
+    let posterior = Posterior::of(&objective, &noised, &output);
+    compare_losses(bundle, &objective, &noised, &output, &posterior, &mut likelihood);
+    compare_posteriors(bundle, &objective, &noised, &posterior, &mut likelihood);
     compare_gradients(bundle, &objective, &noised, &pass, report)
 }
 
+/// What the model predicts: eps, or x_start where the bundle says so as the official code's options do.
+fn prediction(spec: &Spec) -> Result<Prediction> {
+    match spec.text("predict_xstart").map(|text| text.to_lowercase()).as_deref() {
+        None | Some("false") => Ok(Prediction::Eps),
+        Some("true") => Ok(Prediction::XStart),
+        Some(other) => {
+            let (key, expected) = ("predict_xstart".to_owned(), "true or false".to_owned());
+            Err(BundleError::Key { key, found: other.to_owned(), expected })
+        }
+    }
+}
+
+/// p(x_{t−1} | x_t) as the model has it, and its distance from the true posterior.
+struct Posterior {
+    pred_xstart: Tensor,
+    log_variance: Tensor,
+    bound: VarianceTerms,
+}
+
+impl Posterior {
+    fn of(objective: &Gaussian, noised: &Noised, output: &Tensor) -> Self {
+        let Noised { x_start, x_t, t, .. } = noised;
+        let (tables, t, channels) = (&objective.tables, t.steps(), x_t.size()[1]);
+        let pred_xstart = objective.prediction.x_start(tables, x_t, t, &output.narrow(1, 0, channels));
+        let log_variance = if objective.learn_sigma {
+            learned_log_variance(tables, t, &output.narrow(1, channels, channels))
+        } else {
+            // The official code's larger fixed variance: β, at t = 0 the posterior's at 1.
+            let fixed =
+                |(i, beta): (usize, &f64)| if i == 0 { tables.posterior_log_variance_clipped[0] } else { beta.ln() };
+            let fixed: Vec<f64> = tables.betas.iter().enumerate().map(fixed).collect();
+            Tables::gather(&fixed, t, x_t.device()).expand_as(x_t)
+        };
+        let bound = variational_bound(tables, x_start, x_t, t, &pred_xstart, &log_variance);
+        Self { pred_xstart, log_variance, bound }
+    }
+}
+
 /// Loss and parts per sample, for the model and for one whose output is zero, and the variants of the official code.
-fn compare_losses(objective: &VariationalEps, noised: &Noised, output: &Tensor, likelihood: &mut Likelihood) {
+fn compare_losses(
+    bundle: &Bundle,
+    objective: &Gaussian,
+    noised: &Noised,
+    output: &Tensor,
+    posterior: &Posterior,
+    likelihood: &mut Likelihood,
+) {
+    let mut mse_of_model = None;
     for (of, output) in [("", output), ("zero_model/", &output.zeros_like())] {
         let (mse, vb) = objective.per_sample(output, noised);
         likelihood.report.compare(&format!("out/{of}mse"), &mse);
-        let Some(vb) = vb else {
-            likelihood.report.compare(&format!("out/{of}loss"), &mse);
-            continue;
-        };
-        likelihood.compare(&format!("out/{of}vb"), &vb, 1.0);
-        likelihood.compare(&format!("out/{of}loss"), &(&mse + &vb), 1.0);
-        if of.is_empty() {
-            // Rescaled: vb as if it were summed over the steps of this chain, in thousands. KL: vb alone, so summed.
-            let steps = objective.tables.timesteps() as f64;
-            likelihood.compare("out/variant_rescaled_mse/loss", &(&mse + &vb * (steps / 1000.0)), steps / 1000.0);
-            likelihood.compare("out/variant_kl/loss", &(&vb * steps), steps);
+        match vb {
+            None => likelihood.report.compare(&format!("out/{of}loss"), &mse),
+            Some(vb) => {
+                likelihood.compare(&format!("out/{of}vb"), &vb, 1.0);
+                likelihood.compare(&format!("out/{of}loss"), &(&mse + &vb), 1.0);
+            }
         }
+        mse_of_model.get_or_insert(mse);
     }
     let mean = objective.loss(output, noised).total.view([1]);
     likelihood.compare("out/mean_loss", &mean, 1.0);
+
+    // Rescaled: vb as if it were summed over the steps of this chain, in thousands. KL: vb alone, so summed.
+    let (steps, vb) = (objective.tables.timesteps() as f64, &posterior.bound.bound_bits);
+    let learned = objective.learn_sigma;
+    if let Some(mse) = mse_of_model.filter(|_| learned || bundle.has("out/variant_rescaled_mse/loss")) {
+        let scale = if learned { steps / 1000.0 } else { 0.0 };
+        likelihood.compare("out/variant_rescaled_mse/loss", &(&mse + vb * scale), scale);
+    }
+    if learned || bundle.has("out/variant_kl/loss") {
+        likelihood.compare("out/variant_kl/loss", &(vb * steps), steps);
+    }
 }
 
 /// Compares what contains the discretised likelihood of t = 0. Where a bundle says that it is ill conditioned there,
@@ -117,37 +174,37 @@ fn documented_bits(description: &str) -> Option<f64> {
 }
 
 /// True posterior and the model's, and the two candidates for the bound.
-fn compare_variational_parts(
-    objective: &VariationalEps,
+fn compare_posteriors(
+    bundle: &Bundle,
+    objective: &Gaussian,
     noised: &Noised,
-    output: &Tensor,
+    posterior: &Posterior,
     likelihood: &mut Likelihood,
 ) {
     let Noised { x_start, x_t, t, .. } = noised;
     let tables = &objective.tables;
     let report = &mut *likelihood.report;
-    report.compare("out/q_mean", &tables.posterior_mean(x_start, x_t, t));
-    let q_log_variance = Tables::gather(&tables.posterior_log_variance_clipped, t, Device::Cpu);
+    report.compare("out/q_mean", &tables.posterior_mean(x_start, x_t, t.steps()));
+    let q_log_variance = Tables::gather(&tables.posterior_log_variance_clipped, t.steps(), Device::Cpu);
     report.compare("out/q_log_variance", &q_log_variance.expand_as(x_t));
-    if !objective.learn_sigma {
-        let pred_xstart = tables.x_start_from_eps(x_t, t, output);
-        report.compare("out/p_mean", &tables.posterior_mean(&pred_xstart, x_t, t));
-        report.compare("out/p_pred_xstart", &pred_xstart);
-        return;
+    report.compare("out/p_mean", &posterior.bound.p_mean);
+    report.compare("out/p_pred_xstart", &posterior.pred_xstart);
+    // Without a learned variance the loss has no bound, and a bundle need not hold what belongs to it.
+    let wanted = |name: &str| objective.learn_sigma || bundle.has(name);
+    for (name, found) in [("out/p_log_variance", &posterior.log_variance), ("out/kl_bits", &posterior.bound.kl_bits)] {
+        if wanted(name) {
+            report.compare(name, found);
+        }
     }
-    let halves = output.chunk(2, 1);
-    let bound = variational_bound(tables, x_start, x_t, t, &halves[0], &halves[1]);
-    report.compare("out/p_mean", &bound.p_mean);
-    report.compare("out/p_log_variance", &bound.p_log_variance);
-    report.compare("out/p_pred_xstart", &bound.p_pred_xstart);
-    report.compare("out/kl_bits", &bound.kl_bits);
-    likelihood.compare_likelihood("out/decoder_nll_bits", &bound.decoder_nll_bits);
+    if wanted("out/decoder_nll_bits") {
+        likelihood.compare_likelihood("out/decoder_nll_bits", &posterior.bound.decoder_nll_bits);
+    }
 }
 
 /// Gradients of the mean loss and of the mean vb.
 fn compare_gradients(
     bundle: &Bundle,
-    objective: &VariationalEps,
+    objective: &Gaussian,
     noised: &Noised,
     pass: &Pass,
     report: &mut Report,

@@ -1,6 +1,6 @@
 //! `trainer bench-step`: the real training step (segments, reduction, AdamW, EMA) on made-up latents.
 
-use crate::diffusion::{Respacing, Schedule, Tables, VariationalEps};
+use crate::diffusion::{Gaussian, Prediction, Respacing, Schedule, Tables};
 use crate::engine::bucket::Buckets;
 use crate::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use crate::engine::stepper::{Experiment, Stepper};
@@ -81,7 +81,7 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
     let hyper = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
     let mut stepper = Stepper::new(
         model.clone(),
-        Box::new(VariationalEps { tables, learn_sigma: true }),
+        Box::new(Gaussian::new(tables, Prediction::Eps, true)),
         Buckets::initialise(&*model, lanes, block, seed, device),
         Optimizer { hyper, ema_decay: 0.9999, schedule },
         Arc::new(SingleCollective::new(Duration::from_secs(60))),

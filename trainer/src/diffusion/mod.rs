@@ -1,14 +1,19 @@
 //! Diffusion processes and training objectives.
 
+mod flow;
+mod gaussian;
 mod objective;
 mod prediction;
 mod respace;
+mod schedule;
 mod tables;
 mod vlb;
 
-pub use objective::{LossTerms, Noised, Objective, VariationalEps};
+pub use flow::{FlowMatching, TimestepSampling};
+pub use gaussian::Gaussian;
+pub use objective::{LossPart, LossTerms, Noised, Objective, SampleLosses, Time};
 pub use prediction::{Prediction, Process};
 pub use respace::{Respacing, RespacingError};
-pub use tables::{Schedule, Tables};
-pub(crate) use vlb::learned_log_variance;
-pub use vlb::{VarianceTerms, variational_bound};
+pub use schedule::{Schedule, zero_terminal_snr};
+pub use tables::Tables;
+pub use vlb::{VarianceTerms, learned_log_variance, variational_bound};

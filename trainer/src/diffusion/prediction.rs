@@ -43,6 +43,20 @@ impl Prediction {
         }
     }
 
+    /// The weight of the squared error at ᾱ that min-SNR weighting gives: min(SNR, γ) for x_start, over SNR for eps, over
+    /// SNR + 1 for v, with SNR = ᾱ/(1 − ᾱ). At ᾱ = 0 it is 0 for x_start and v.
+    ///
+    /// # Source
+    /// Hang et al. 2023, section 3.4.
+    pub fn min_snr_weight(self, alpha_cumprod: f64, gamma: f64) -> f64 {
+        let (signal, noise) = (alpha_cumprod, 1.0 - alpha_cumprod);
+        match self {
+            Prediction::Eps => (gamma * noise / signal).min(1.0),
+            Prediction::XStart => (signal / noise).min(gamma),
+            Prediction::V => signal.min(gamma * noise),
+        }
+    }
+
     /// eps as implied by an output. Finite for v at zero signal-to-noise ratio, where x_start says nothing about it.
     ///
     /// # Shapes
@@ -77,7 +91,7 @@ pub enum Process {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::diffusion::{Respacing, Schedule};
+    use crate::diffusion::{Respacing, Schedule, zero_terminal_snr};
     use tch::{Device, Kind};
 
     #[test]
@@ -94,6 +108,35 @@ mod tests {
             let close = |found: Tensor, expected: &Tensor| (found - expected).abs().max().double_value(&[]) < 1e-3;
             assert!(close(prediction.x_start(&tables, &x_t, &t, &target), &x_start), "{prediction:?}");
             assert!(close(prediction.eps(&tables, &x_t, &t, &target), &noise), "{prediction:?}");
+        }
+    }
+
+    #[test]
+    fn min_snr_weights_are_those_of_the_paper() {
+        // min(SNR, 5) over SNR, over 1 and over SNR + 1 at ᾱ = 0.99 (SNR 99), 0.8 (4), 0.1 (1/9) and 0.
+        let close = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12, "{found}, {expected}");
+        let cases =
+            [(0.99, 5.0 / 99.0, 5.0, 0.05), (0.8, 1.0, 4.0, 0.8), (0.1, 1.0, 1.0 / 9.0, 0.1), (0.0, 1.0, 0.0, 0.0)];
+        for (alpha, eps, x_start, v) in cases {
+            close(Prediction::Eps.min_snr_weight(alpha, 5.0), eps);
+            close(Prediction::XStart.min_snr_weight(alpha, 5.0), x_start);
+            close(Prediction::V.min_snr_weight(alpha, 5.0), v);
+        }
+    }
+
+    #[test]
+    fn pure_noise_is_no_trap_for_x_start_and_v() {
+        let betas = zero_terminal_snr(&Schedule::Linear.betas(1000));
+        let tables = Tables::new(&betas, &Respacing::All.kept(1000).unwrap());
+        let draw = || Tensor::randn([2, 2, 4, 4], (Kind::Float, Device::Cpu));
+        let (x_start, noise, t) = (draw(), draw(), [999, 998]);
+        let x_t = tables.q_sample(&x_start, &t, &noise);
+        assert!(x_t.get(0).equal(&noise.get(0)));
+        let far = |found: Tensor, expected: &Tensor| (found - expected).abs().max().double_value(&[]);
+        for prediction in [Prediction::XStart, Prediction::V] {
+            let target = prediction.target(&tables, &x_start, &noise, &t);
+            assert!(far(prediction.x_start(&tables, &x_t, &t, &target), &x_start) < 1e-6, "{prediction:?}");
+            assert!(far(prediction.eps(&tables, &x_t, &t, &target), &noise) < 1e-6, "{prediction:?}");
         }
     }
 }

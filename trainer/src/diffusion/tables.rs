@@ -1,27 +1,5 @@
 use tch::{Device, Tensor};
 
-/// How noise grows over the original timesteps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Schedule {
-    /// β from 1e-4 to 0.02 in equal steps at 1000 timesteps, scaled by 1000/T otherwise (Ho et al. 2020).
-    Linear,
-}
-
-impl Schedule {
-    /// β of every one of `timesteps` original timesteps.
-    pub fn betas(self, timesteps: usize) -> Vec<f64> {
-        match self {
-            Schedule::Linear => {
-                let scale = 1000.0 / timesteps as f64;
-                let (start, end) = (scale * 1e-4, scale * 0.02);
-                let step = (end - start) / (timesteps.max(2) - 1) as f64;
-                (0..timesteps).map(|i| if i + 1 == timesteps { end } else { i as f64 * step + start }).collect()
-            }
-        }
-    }
-}
-
 /// Everything that is tabulated over the timesteps of a Gaussian diffusion, in float64.
 ///
 /// # Source
@@ -44,7 +22,7 @@ pub struct Tables {
     pub sqrt_one_minus_alphas_cumprod: Vec<f64>,
     /// log(1 − ᾱ_t).
     pub log_one_minus_alphas_cumprod: Vec<f64>,
-    /// √(1/ᾱ_t).
+    /// √(1/ᾱ_t); infinite where ᾱ_t = 0, as the next.
     pub sqrt_recip_alphas_cumprod: Vec<f64>,
     /// √(1/ᾱ_t − 1).
     pub sqrt_recipm1_alphas_cumprod: Vec<f64>,
@@ -142,15 +120,15 @@ impl Tables {
         gather(&self.posterior_mean_coef1) * x_start + gather(&self.posterior_mean_coef2) * x_t
     }
 
-    /// x_start as predicted from eps.
+    /// x_start as predicted from eps. Infinite at zero signal-to-noise ratio, where eps says nothing about it.
     pub fn x_start_from_eps(&self, x_t: &Tensor, t: &[usize], eps: &Tensor) -> Tensor {
         let gather = |table: &[f64]| Self::gather(table, t, x_t.device());
         gather(&self.sqrt_recip_alphas_cumprod) * x_t - gather(&self.sqrt_recipm1_alphas_cumprod) * eps
     }
 
-    /// eps as implied by a predicted x_start.
+    /// eps as implied by a predicted x_start. Finite at zero signal-to-noise ratio, where it is x_t.
     pub fn eps_from_x_start(&self, x_t: &Tensor, t: &[usize], x_start: &Tensor) -> Tensor {
         let gather = |table: &[f64]| Self::gather(table, t, x_t.device());
-        (gather(&self.sqrt_recip_alphas_cumprod) * x_t - x_start) / gather(&self.sqrt_recipm1_alphas_cumprod)
+        (x_t - gather(&self.sqrt_alphas_cumprod) * x_start) / gather(&self.sqrt_one_minus_alphas_cumprod)
     }
 }

@@ -2,7 +2,7 @@ use super::Tables;
 use std::f64::consts::{LN_2, PI};
 use tch::Tensor;
 
-/// The parts of the variational bound of one step, per sample.
+/// The variational bound of one step, per sample.
 pub struct VarianceTerms {
     /// KL(q ‖ p) in bits, [N].
     pub kl_bits: Tensor,
@@ -12,16 +12,13 @@ pub struct VarianceTerms {
     pub bound_bits: Tensor,
     /// Mean of p(x_{t−1} | x_t).
     pub p_mean: Tensor,
-    /// Its log-variance.
-    pub p_log_variance: Tensor,
-    /// x_start as the model predicts it (not clipped).
-    pub p_pred_xstart: Tensor,
 }
 
-/// The variational bound of step t for a model that predicts eps and the learned variance range.
+/// The variational bound of step t for a model that predicts `pred_xstart` (not clipped) and the log-variance of
+/// p(x_{t−1} | x_t).
 ///
 /// # Shapes
-/// `eps`, `variance` (the two halves of the output, variance in about −1..1), `x_start`, `x_t` [N, C, H, W]; `t` N indices.
+/// `x_start`, `x_t`, `pred_xstart` [N, C, H, W], `p_log_variance` likewise or [N, 1, 1, 1]; `t` N indices.
 ///
 /// # Source
 /// Nichol & Dhariwal 2021, equations 4, 15; Ho et al. 2020, equation 13. In bits, averaged over C·H·W.
@@ -30,31 +27,31 @@ pub fn variational_bound(
     x_start: &Tensor,
     x_t: &Tensor,
     t: &[usize],
-    eps: &Tensor,
-    variance: &Tensor,
+    pred_xstart: &Tensor,
+    p_log_variance: &Tensor,
 ) -> VarianceTerms {
-    let gather = |table: &[f64]| Tables::gather(table, t, x_t.device());
     let q_mean = tables.posterior_mean(x_start, x_t, t);
-    let q_log_variance = gather(&tables.posterior_log_variance_clipped);
-    let p_log_variance = learned_log_variance(tables, t, variance);
-    let p_pred_xstart = tables.x_start_from_eps(x_t, t, eps);
-    let p_mean = tables.posterior_mean(&p_pred_xstart, x_t, t);
+    let q_log_variance = Tables::gather(&tables.posterior_log_variance_clipped, t, x_t.device());
+    let p_mean = tables.posterior_mean(pred_xstart, x_t, t);
 
-    let kl = ((&p_log_variance - &q_log_variance) - 1.0
-        + (&q_log_variance - &p_log_variance).exp()
-        + (&q_mean - &p_mean).square() * (-&p_log_variance).exp())
+    let kl = ((p_log_variance - &q_log_variance) - 1.0
+        + (&q_log_variance - p_log_variance).exp()
+        + (&q_mean - &p_mean).square() * (-p_log_variance).exp())
         * 0.5;
     let kl_bits = sample_mean(&kl) / LN_2;
-    let log_likelihood = discretised_log_likelihood(x_start, &p_mean, &(&p_log_variance * 0.5));
+    let log_likelihood = discretised_log_likelihood(x_start, &p_mean, &(p_log_variance * 0.5));
     let decoder_nll_bits = -sample_mean(&log_likelihood) / LN_2;
     let at_zero: Vec<bool> = t.iter().map(|&t| t == 0).collect();
     let at_zero = Tensor::from_slice(&at_zero).to_device(x_t.device());
     let bound_bits = decoder_nll_bits.where_self(&at_zero, &kl_bits);
-    VarianceTerms { kl_bits, decoder_nll_bits, bound_bits, p_mean, p_log_variance, p_pred_xstart }
+    VarianceTerms { kl_bits, decoder_nll_bits, bound_bits, p_mean }
 }
 
 /// Log-variance between the clipped posterior's (variance = −1) and log β (variance = 1).
-pub(crate) fn learned_log_variance(tables: &Tables, t: &[usize], variance: &Tensor) -> Tensor {
+///
+/// # Shapes
+/// `variance` [N, C, H, W], the second half of an output; `t` N indices.
+pub fn learned_log_variance(tables: &Tables, t: &[usize], variance: &Tensor) -> Tensor {
     let gather = |table: &[f64]| Tables::gather(table, t, variance.device());
     let fraction = (variance + 1.0) / 2.0;
     &fraction * gather(&tables.log_betas) + (1.0 - &fraction) * gather(&tables.posterior_log_variance_clipped)
