@@ -4,8 +4,11 @@
 
 pub mod diffusers;
 mod error;
+pub mod file;
+pub mod official;
 pub mod run;
 pub mod safetensors;
+pub mod torch_file;
 pub mod values;
 
 pub use error::InteropError;
@@ -66,8 +69,8 @@ impl std::str::FromStr for WeightsSection {
     }
 }
 
-/// Reads one section of weights from `source`: the URL of a run or checkpoint, the path of a safetensors file, or a diffusers
-/// folder. Where a file holds one set of weights only, it is taken whatever the section.
+/// Reads one section of weights from `source`: the URL of a run or checkpoint, the path of a `torch.save` or safetensors
+/// file, or a diffusers folder. Where a file holds one set of weights only, it is taken whatever the section.
 ///
 /// # Errors
 /// Nothing of that kind there, a file that is damaged, or no such section.
@@ -76,7 +79,7 @@ pub fn read_weights(source: &str, section: WeightsSection) -> Result<NamedWeight
         return diffusers::read(&folder);
     }
     match run::local_file(source) {
-        Some(path) => safetensors::read_weights(&path, &section),
+        Some(path) => official::read_weights(&*file::open(&path)?, &section),
         None => of_checkpoint(&run::reader(source)?, source, &section),
     }
 }

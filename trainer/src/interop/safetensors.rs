@@ -1,9 +1,11 @@
 //! Safetensors files: one tensor at a time in, whole state dicts out.
 
+use super::file::TensorFile;
 use super::values::{Dtype, RawTensor, TensorSpec};
-use super::{InteropError, NamedWeights, WeightsSection};
+use super::{InteropError, NamedWeights};
 use crate::images::AtomicFile;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -21,6 +23,7 @@ pub struct SafetensorsFile {
     data_start: u64,
     tensors: BTreeMap<String, TensorSpec>,
     offsets: HashMap<String, u64>,
+    about: Value,
 }
 
 impl SafetensorsFile {
@@ -55,19 +58,29 @@ impl SafetensorsFile {
             tensors.insert(name.clone(), TensorSpec { dtype: info.dtype, shape: info.shape.clone() });
             offsets.insert(name, info.data_offsets.0 as u64);
         }
-        Ok(Self { path: path.into(), file, data_start, tensors, offsets })
+        let about = metadata.metadata().as_ref().and_then(|about| serde_json::to_value(about).ok()).unwrap_or_default();
+        Ok(Self { path: path.into(), file, data_start, tensors, offsets, about })
+    }
+}
+
+impl TensorFile for SafetensorsFile {
+    fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// What is in it.
-    pub fn tensors(&self) -> &BTreeMap<String, TensorSpec> {
+    fn format(&self) -> &'static str {
+        "safetensors"
+    }
+
+    fn tensors(&self) -> &BTreeMap<String, TensorSpec> {
         &self.tensors
     }
 
-    /// The values of one tensor.
-    ///
-    /// # Errors
-    /// No such tensor, or the file system's.
-    pub fn read(&self, name: &str) -> Result<RawTensor, InteropError> {
+    fn about(&self) -> &Value {
+        &self.about
+    }
+
+    fn read(&self, name: &str) -> Result<RawTensor, InteropError> {
         let (Some(spec), Some(&offset)) = (self.tensors.get(name), self.offsets.get(name)) else {
             let reason = "is not in the file".to_owned();
             return Err(InteropError::Tensor { path: self.path.clone(), tensor: name.to_owned(), reason });
@@ -77,19 +90,6 @@ impl SafetensorsFile {
         read.map_err(InteropError::io(&self.path, "read"))?;
         Ok(RawTensor { dtype: spec.dtype, shape: spec.shape.clone(), bytes })
     }
-}
-
-/// The weights of a safetensors file.
-pub(super) fn read_weights(path: &Path, _: &WeightsSection) -> Result<NamedWeights, InteropError> {
-    let file = SafetensorsFile::open(path)?;
-    let mut tensors = BTreeMap::new();
-    for name in file.tensors().keys() {
-        let raw = file.read(name)?;
-        let of_tensor = |reason| InteropError::Tensor { path: path.into(), tensor: name.clone(), reason };
-        let values = raw.to_f32().map_err(of_tensor)?;
-        tensors.insert(name.clone(), super::values::tensor(&values, &raw.shape)?);
-    }
-    Ok(NamedWeights { tensors, model: None })
 }
 
 /// Writes a safetensors file of these tensors, in the order of their names; `values` gives each one's bytes when its
@@ -143,6 +143,7 @@ pub fn write_weights(path: &Path, weights: &NamedWeights, dtype: Dtype) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interop::WeightsSection;
 
     fn file(header: &str, data: &[u8]) -> Vec<u8> {
         [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
@@ -158,7 +159,7 @@ mod tests {
             ("a.weight".to_owned(), super::super::values::tensor(&values[..1], &[]).unwrap()),
         ]);
         write_weights(&path, &NamedWeights { tensors, model: None }, Dtype::F32).unwrap();
-        let read = read_weights(&path, &WeightsSection::Ema).unwrap();
+        let read = crate::interop::read_weights(path.to_str().unwrap(), WeightsSection::Ema).unwrap();
         assert_eq!(read.tensors.keys().collect::<Vec<_>>(), ["a.weight", "b"]);
         let back = super::super::values::to_vec(&read.tensors["b"]).unwrap();
         assert!(values.iter().zip(&back).all(|(a, b)| a.to_bits() == b.to_bits()));

@@ -33,7 +33,7 @@ impl TensorSpec {
 
     /// Bytes of the values; saturates.
     pub fn bytes(&self) -> usize {
-        self.numel().saturating_mul(self.dtype.bitsize() / 8)
+        self.numel().saturating_mul(self.dtype.bitsize()) / 8
     }
 }
 
