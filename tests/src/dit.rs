@@ -33,6 +33,7 @@ pub fn model(bundle: &Bundle) -> Result<Dit> {
             BundleError::Key { key: "model.learn_sigma".into(), found, expected: "true or false".into() }
         })?,
         conditioning: conditioning(spec)?,
+        numerics: Default::default(),
     };
     Dit::new(config).map_err(|error| BundleError::Run(error.to_string()))
 }

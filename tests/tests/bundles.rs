@@ -182,6 +182,14 @@ fn a_changed_value_fails_and_is_named() {
         ("sampling", "`out/p10_cfg1.5/x_steps (null half)`", &|parts| {
             parts.change("out/p10_cfg1.5/x_steps", 5 * 256 + 1, |v| v + 1.0)
         }),
+        ("diffusers_dit", "`blocks.1.attn.qkv.bias`", &|parts| {
+            parts.change("diffusers/transformer_blocks.1.attn1.to_v.bias", 2, off)
+        }),
+        ("diffusers_dit", "`transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias` differs", &|parts| {
+            parts.change("diffusers/transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias", 2, off)
+        }),
+        ("diffusers_dit", "`out/diffusers_stock`", &|parts| parts.change("out/diffusers_stock", 9, off)),
+        ("diffusers_dit", "`out/diffusers_freqshift0`", &|parts| parts.change("out/diffusers_freqshift0", 9, off)),
         ("vae", "`out/dec/up1`", &|parts| parts.change("weights/decoder.up_blocks.1.resnets.0.conv1.weight", 2, off)),
         ("vae_legacy_names", "`out/enc/mid_attn`", &|parts| {
             parts.change("encoder.mid_block.attentions.0.query.weight", 2, |v| v + 1.0)
@@ -220,6 +228,8 @@ fn a_missing_or_superfluous_tensor_fails_and_is_named() {
         ("train_lr1e-3_ema", "`ema0.99/pos_embed`", &without("ema0.99/pos_embed")),
         ("sampling", "`in/p10_cfg1.5/noises`", &without("in/p10_cfg1.5/noises")),
         ("sampling", "`out/ddim10_cfg1.5/pred_xstart_steps`", &without("out/ddim10_cfg1.5/pred_xstart_steps")),
+        ("diffusers_dit", "proj_out_2.bias: missing", &without("diffusers/proj_out_2.bias")),
+        ("diffusers_dit", "`out/diffusers_normeps1e-6`", &without("out/diffusers_normeps1e-6")),
         ("vae", "`out/enc/down0`", &without("out/enc/down0")),
         ("vae", "quant_conv.bias", &without("weights/quant_conv.bias")),
         ("vae_legacy_names", "decoder.conv_out.bias", &without("decoder.conv_out.bias")),
@@ -265,6 +275,12 @@ fn a_specification_that_cannot_be_followed_fails_and_says_why() {
         ("train_lr1e-3_ema", "the same folder", &set("inputs_from", "../train_lr1e-3.safetensors")),
         ("sampling", "`variants` = p|p|10", &set("variants", "p|p|10")),
         ("sampling", "`out/p10_nocfg/model_t`", &set("variants", "p10_nocfg|p|ddim10|none|noclip|0")),
+        ("diffusers_dit", "DiTTransformer2DModel", &set("diffusers_config", "{\"num_layers\": \"two\"}")),
+        (
+            "diffusers_dit",
+            "`norm_type` = \"ada_norm_single\"",
+            &set("diffusers_config", "{\"norm_type\": \"ada_norm_single\"}"),
+        ),
         ("vae", "AutoencoderKL", &set("vae_config", "{\"layers_per_block\": \"two\"}")),
         ("vae_legacy_names", "no bundle of kind `vae`", &set("vae_config", "{}")),
     ]);

@@ -112,6 +112,7 @@ impl Recipe {
                 configs::Conditioning::CrossAttention => Conditioning::CrossAttention,
                 configs::Conditioning::InContext => Conditioning::InContext,
             },
+            numerics: Default::default(),
         };
         if problems.is_empty()
             && let Err(error) = Dit::new(model.clone())

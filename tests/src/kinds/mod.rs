@@ -1,6 +1,7 @@
 //! The kinds of bundles. A new kind is one more file here and one more line in [`KINDS`].
 
 mod cfg;
+mod diffusers_dit;
 mod diffusion_tables;
 mod dit_ablation;
 mod dit_forward;
@@ -41,6 +42,7 @@ pub const KINDS: &[Kind] = &[
     train_steps::EMA,
     sampling::KIND,
     sit::KIND,
+    diffusers_dit::KIND,
     vae::KIND,
     vae::LEGACY_NAMES,
 ];

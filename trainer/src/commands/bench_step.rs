@@ -72,6 +72,7 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
         num_classes: args.num_classes,
         learn_sigma: true,
         conditioning: Default::default(),
+        numerics: Default::default(),
     })?);
     let (seed, lanes, device) = (0, 1, Device::Cpu);
     let block = LaneBlock::of(0, 1, lanes)?;

@@ -187,6 +187,7 @@ mod tests {
             num_classes: 7,
             learn_sigma: true,
             conditioning: Default::default(),
+            numerics: Default::default(),
         };
         let model = dit::Dit::new(config).unwrap();
         for lanes in [1, 2, 8] {

@@ -5,7 +5,7 @@ use super::file::TensorFile;
 use super::values::{self, TensorSpec};
 use super::{InteropError, NamedWeights, WeightsSection};
 use crate::model::Model;
-use crate::model::dit::{Dit, DitConfig};
+use crate::model::dit::{Conditioning, Dit, DitConfig};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -130,6 +130,8 @@ pub fn infer(tensors: &BTreeMap<&str, &TensorSpec>, about: &Value) -> Option<Dit
         class_dropout_prob: if num_classes < rows { 0.1 } else { 0.0 },
         num_classes: num_classes as i64,
         learn_sigma: out == 2 * patch_size * patch_size * in_channels,
+        conditioning: Conditioning::AdaLnZero,
+        numerics: Default::default(),
     };
     let model = Dit::new(config.clone()).ok()?;
     let params = model.named_params();
@@ -213,6 +215,8 @@ mod tests {
             class_dropout_prob: 0.1,
             num_classes: 10,
             learn_sigma: true,
+            conditioning: Conditioning::AdaLnZero,
+            numerics: Default::default(),
         };
         assert_eq!(inferred(&config, &Value::Null), Some(config.clone()));
         let args = json!({"args": {"model": "SiT-S/4", "num_classes": 10}});

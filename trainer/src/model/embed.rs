@@ -8,8 +8,16 @@ use tch::{Kind, Tensor};
 /// # Source
 /// DiT, section 3.2 (the frequencies of ADM): f_i = 10000^(−i / (dim/2)).
 pub fn timestep_embedding(t: &Tensor, dim: i64) -> Tensor {
+    shifted_timestep_embedding(t, dim, 0.0)
+}
+
+/// [`timestep_embedding`] with f_i = 10000^(−i / (dim/2 − shift)).
+///
+/// # Shapes
+/// As [`timestep_embedding`].
+pub fn shifted_timestep_embedding(t: &Tensor, dim: i64, shift: f64) -> Tensor {
     let half = dim / 2;
-    let exponents = Tensor::arange(half, (Kind::Float, t.device())) * -(10000f64.ln()) / half as f64;
+    let exponents = Tensor::arange(half, (Kind::Float, t.device())) * -(10000f64.ln()) / (half as f64 - shift);
     let angles = t.to_kind(Kind::Float).unsqueeze(1) * exponents.exp().unsqueeze(0);
     let features = Tensor::cat(&[angles.cos(), angles.sin()], -1);
     if dim % 2 == 1 { features.constant_pad_nd([0, 1]) } else { features }

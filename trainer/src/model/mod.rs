@@ -8,7 +8,7 @@ pub mod dit;
 mod embed;
 mod init;
 
-pub use embed::{sin_cos_2d, timestep_embedding};
+pub use embed::{shifted_timestep_embedding, sin_cos_2d, timestep_embedding};
 pub use init::{Init, initial_values};
 
 use std::collections::HashMap;

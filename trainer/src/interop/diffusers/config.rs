@@ -2,7 +2,7 @@
 
 use super::DiffusersError;
 use crate::interop::InteropError;
-use crate::model::dit::DitConfig;
+use crate::model::dit::{Conditioning, DitConfig, Numerics};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
@@ -65,6 +65,8 @@ pub struct Recorded {
     pub num_classes: i64,
     /// Share of dropped labels in training.
     pub class_dropout_prob: f64,
+    /// [`Numerics::freq_shift`] of the training.
+    pub freq_shift: f64,
 }
 
 impl Default for TransformerConfig {
@@ -190,6 +192,13 @@ impl TransformerConfig {
                 .map_or(CLASS_DROPOUT_PROB, |recorded| recorded.class_dropout_prob),
             num_classes: self.num_embeds_ada_norm.unwrap_or_default(),
             learn_sigma: self.out_channels() == 2 * self.in_channels,
+            conditioning: Conditioning::AdaLnZero,
+            // Where nobody recorded them, `norm_eps` says nothing: published folders hold converted official weights under
+            // diffusers' default.
+            numerics: self.recorded.as_ref().map_or_else(Numerics::default, |recorded| Numerics {
+                freq_shift: recorded.freq_shift,
+                mlp_norm_eps: self.norm_eps,
+            }),
         }
     }
 
@@ -199,6 +208,12 @@ impl TransformerConfig {
     /// [`DiffusersError::NotRepresentable`] names what DiTTransformer2DModel has no parameter for.
     pub fn of(model: &DitConfig, label_rows: i64) -> Result<Self, DiffusersError> {
         let refuse = |what: String, why: &str| Err(DiffusersError::NotRepresentable { what, why: why.to_owned() });
+        if model.conditioning != Conditioning::AdaLnZero {
+            return refuse(
+                format!("`model.conditioning` = {:?}", model.conditioning),
+                "a DiTTransformer2DModel is conditioned by adaLN-Zero only",
+            );
+        }
         if model.mlp_ratio != MLP_RATIO {
             return refuse(
                 format!("`model.mlp_ratio` = {}", model.mlp_ratio),
@@ -213,7 +228,11 @@ impl TransformerConfig {
         }
         Ok(Self {
             diffusers_version: Some(DIFFUSERS_VERSION.into()),
-            recorded: Some(Recorded { num_classes: model.num_classes, class_dropout_prob: model.class_dropout_prob }),
+            recorded: Some(Recorded {
+                num_classes: model.num_classes,
+                class_dropout_prob: model.class_dropout_prob,
+                freq_shift: model.numerics.freq_shift,
+            }),
             num_attention_heads: model.num_heads,
             attention_head_dim: model.hidden_size / model.num_heads,
             in_channels: model.in_channels,
@@ -222,7 +241,7 @@ impl TransformerConfig {
             sample_size: model.input_size,
             patch_size: model.patch_size,
             num_embeds_ada_norm: Some(label_rows - 1),
-            norm_eps: 1e-6,
+            norm_eps: model.numerics.mlp_norm_eps,
             ..Self::default()
         })
     }

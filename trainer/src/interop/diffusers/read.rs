@@ -2,7 +2,7 @@
 
 use super::config::TransformerConfig;
 use super::{DiffusersError, names};
-use crate::interop::{InteropError, NamedWeights, WeightsSection, safetensors};
+use crate::interop::{InteropError, NamedWeights, WeightsSection, file, official};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -27,8 +27,10 @@ pub fn is_folder(folder: &Path) -> bool {
 
 /// The weights of a `DiTTransformer2DModel` in a transformer or pipeline folder, under their official names.
 ///
-/// The model computes as the official code does, whatever `norm_eps` says: the published folders hold converted official
-/// weights under diffusers' default. For weights trained in stock diffusers see [`crate::model::Numerics`].
+/// Unless the folder was written by this module, the model gets the official code's [`Numerics`](crate::model::dit::Numerics),
+/// whatever `norm_eps` says: the
+/// published folders hold converted official weights. For weights that were trained in stock diffusers set
+/// [`STOCK_DIFFUSERS`](crate::model::dit::Numerics::STOCK_DIFFUSERS) in the result.
 ///
 /// # Errors
 /// A folder that is no DiT's, a config that is not one, or weights that do not fit it.
@@ -99,5 +101,5 @@ fn read_shards(path: &Path) -> Result<BTreeMap<String, Tensor>, InteropError> {
 
 /// Float32, CPU.
 fn read_file(path: &Path) -> Result<BTreeMap<String, Tensor>, InteropError> {
-    Ok(safetensors::read_weights(path, &WeightsSection::Ema)?.tensors)
+    Ok(official::read_weights(&*file::open(path)?, &WeightsSection::Ema)?.tensors)
 }

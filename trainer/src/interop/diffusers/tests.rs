@@ -4,7 +4,7 @@ use super::*;
 use crate::diffusion::{Prediction, Process, Schedule};
 use crate::interop::values::Dtype;
 use crate::interop::{InteropError, NamedWeights, safetensors};
-use crate::model::dit::{Dit, DitConfig};
+use crate::model::dit::{Conditioning, Dit, DitConfig, Numerics};
 use crate::model::{Init, Model};
 use crate::recipe::Recipe;
 use std::collections::BTreeMap;
@@ -86,6 +86,17 @@ fn a_pipeline_reads_back_bit_for_bit_however_many_classes() {
         assert_same(&back.tensors, &written);
         assert_eq!(back.model.unwrap(), DitConfig { class_dropout_prob: 0.1, ..recipe.model });
     }
+}
+
+#[test]
+fn a_model_with_the_numerics_of_stock_diffusers_keeps_them_and_needs_no_patch() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut recipe = recipe(3);
+    recipe.model.numerics = Numerics::STOCK_DIFFUSERS;
+    let (_, notes) = export(folder.path(), &recipe);
+    assert!(!notes.iter().any(|note| note.contains(PATCH)), "{notes:?}");
+    assert_eq!(json(&folder.path().join("transformer/config.json"))["norm_eps"], 1e-5);
+    assert_eq!(read(folder.path()).unwrap().model, Some(recipe.model));
 }
 
 #[test]
@@ -215,6 +226,7 @@ fn what_diffusers_cannot_hold_is_refused_before_anything_is_written() {
         outcome.unwrap_err().to_string()
     };
     assert!(refused(&|recipe, _| recipe.model.mlp_ratio = 2.0).contains("mlp_ratio"));
+    assert!(refused(&|recipe, _| recipe.model.conditioning = Conditioning::InContext).contains("InContext"));
     assert!(refused(&|recipe, _| recipe.model.class_dropout_prob = 0.0).contains("class_dropout_prob"));
     let interpolated = refused(&|_, weights| {
         let moved = &weights["pos_embed"] * 0.5;

@@ -4,6 +4,7 @@ use super::config::{DIFFUSERS_VERSION, TransformerConfig};
 use super::{DiffusersError, PATCH, PIPELINE_NULL_LABEL, label_rows, names, scheduler};
 use crate::interop::values::Dtype;
 use crate::interop::{InteropError, NamedWeights, safetensors};
+use crate::model::dit::DitConfig;
 use crate::recipe::Recipe;
 use crate::vae::AutoencoderKl;
 use serde_json::{Map, Value, json};
@@ -125,17 +126,25 @@ impl Pipeline<'_> {
     }
 
     fn notes(&self, vae_warning: Option<String>) -> Vec<String> {
-        let classes = self.recipe.model.num_classes;
-        let mut notes = vec![
-            format!(
-                "diffusers {DIFFUSERS_VERSION} computes the timestep features with frequencies 10000^(-i/127), the official DiT and this trainer \
-                 with 10000^(-i/128), and config.json has no key for it. Undo it after loading:\n    {PATCH}"
-            ),
-            "norm_eps is written as 1e-6, as the model was trained; diffusers' own default is 1e-5.".to_owned(),
-            "DiTPipeline guides all latent channels (the official scripts the first three), with scale 4 unless told otherwise, \
-             and drops the learned variance."
+        let DitConfig { num_classes: classes, learn_sigma, numerics, .. } = self.recipe.model;
+        let mut notes = Vec::new();
+        if numerics.freq_shift != 1.0 {
+            notes.push(format!(
+                "diffusers {DIFFUSERS_VERSION} computes the timestep features with frequencies 10000^(-i/127), the official DiT and this \
+                 trainer with 10000^(-i/128), and config.json has no key for it. Undo it after loading:\n    {PATCH}"
+            ));
+        }
+        notes.push(format!(
+            "norm_eps is written as {:e}, as the model was trained; diffusers' own default is 1e-5.",
+            numerics.mlp_norm_eps
+        ));
+        notes.push(
+            "DiTPipeline guides all latent channels (the official scripts the first three), with scale 4 unless told otherwise."
                 .to_owned(),
-        ];
+        );
+        if learn_sigma {
+            notes.push("DiTPipeline does not use the learned variance.".to_owned());
+        }
         if classes < PIPELINE_NULL_LABEL {
             notes.push(format!(
                 "DiTPipeline takes label {PIPELINE_NULL_LABEL} for \"no class\"; the table is filled up with copies of this model's null label, so \

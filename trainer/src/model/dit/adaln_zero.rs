@@ -4,7 +4,8 @@
 use super::embedders::Embedded;
 use super::final_layer::{self, AdaLnFinal};
 use super::layers::{
-    apply_linear, attention_and_mlp, attention_and_mlp_macs, layer_norm, linear_from, mlp, modulate, self_attention,
+    apply_linear, attention_and_mlp, attention_and_mlp_macs, layer_norm, layer_norm_eps, linear_from, mlp, modulate,
+    self_attention,
 };
 use super::{Design, DitConfig};
 use crate::model::{Flow, Init, ParamSpec, Probe, Segment, Weights};
@@ -57,7 +58,8 @@ impl Segment for Block {
         let norm1 = layer_norm(x);
         let attention = self_attention(w, self.config.num_heads, &modulate(&norm1, shift_msa, scale_msa), &mut see);
         let x = x + gate_msa.unsqueeze(1) * &attention;
-        let (mlp, activated) = mlp(w, &modulate(&layer_norm(&x), shift_mlp, scale_mlp));
+        let norm2 = layer_norm_eps(&x, self.config.numerics.mlp_norm_eps);
+        let (mlp, activated) = mlp(w, &modulate(&norm2, shift_mlp, scale_mlp));
         let x = x + gate_mlp.unsqueeze(1) * &mlp;
 
         see("ada", &ada);

@@ -2,7 +2,7 @@
 
 use super::DitConfig;
 use super::layers::{apply_linear, linear_from};
-use crate::model::{Flow, Init, ParamSpec, Probe, Segment, Weights, sin_cos_2d, timestep_embedding};
+use crate::model::{Flow, Init, ParamSpec, Probe, Segment, Weights, shifted_timestep_embedding, sin_cos_2d};
 use tch::Tensor;
 
 /// Features of the timestep embedding before its MLP.
@@ -68,7 +68,7 @@ impl Segment for Embedders {
         let x_embed = patches.linear(&kernel, Some(&w["x_embedder.proj.bias"])); // [N, T, D]
         let tokens = &x_embed + &w["pos_embed"];
 
-        let t_freq = timestep_embedding(t, FREQUENCY_DIM); // [N, 256]
+        let t_freq = shifted_timestep_embedding(t, FREQUENCY_DIM, c.numerics.freq_shift); // [N, 256]
         let t_emb = apply_linear(w, "t_embedder.mlp.2", &apply_linear(w, "t_embedder.mlp.0", &t_freq).silu());
         let y_emb = Tensor::embedding(&w["y_embedder.embedding_table.weight"], labels, -1, false, false);
 

@@ -4,8 +4,8 @@ use super::DitConfig;
 use crate::model::{Init, ParamSpec, Probe, Weights};
 use tch::Tensor;
 
-/// Epsilon of every LayerNorm.
-const NORM_EPS: f64 = 1e-6;
+/// Epsilon of every LayerNorm, but for [`super::Numerics`].
+pub(super) const NORM_EPS: f64 = 1e-6;
 
 /// Weight and bias of a linear layer with the ViT initialisation: Xavier-uniform, zero bias.
 pub(super) fn linear(name: &str, out_features: i64, in_features: i64) -> [ParamSpec; 2] {
@@ -48,7 +48,12 @@ pub(super) fn apply_linear(weights: &Weights, name: &str, input: &Tensor) -> Ten
 
 /// LayerNorm without affine part over the last dimension.
 pub(super) fn layer_norm(x: &Tensor) -> Tensor {
-    x.layer_norm([width(x)], None::<&Tensor>, None::<&Tensor>, NORM_EPS, false)
+    layer_norm_eps(x, NORM_EPS)
+}
+
+/// [`layer_norm`] with an epsilon of its own.
+pub(super) fn layer_norm_eps(x: &Tensor, eps: f64) -> Tensor {
+    x.layer_norm([width(x)], None::<&Tensor>, None::<&Tensor>, eps, false)
 }
 
 /// LayerNorm with the affine part called `name`.

@@ -8,8 +8,11 @@ mod embedders;
 mod final_layer;
 mod in_context;
 mod layers;
+mod numerics;
 
 use super::{Flow, Model, Probe, Segment};
+pub use numerics::Numerics;
+
 use embedders::{Embedded, Embedders};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -40,6 +43,9 @@ pub struct DitConfig {
     /// How time and label reach the blocks.
     #[serde(default, skip_serializing_if = "Conditioning::is_default")]
     pub conditioning: Conditioning,
+    /// Constants that are not the official code's, of a model that was trained elsewhere.
+    #[serde(default, skip_serializing_if = "Numerics::is_default")]
+    pub numerics: Numerics,
 }
 
 /// How time and label reach the blocks; see each design's file.
@@ -132,6 +138,15 @@ impl DitConfig {
         require(
             (0.0..=1.0).contains(&self.class_dropout_prob),
             format!("class_dropout_prob {} is not in 0..=1", self.class_dropout_prob),
+        );
+        let Numerics { freq_shift, mlp_norm_eps } = self.numerics;
+        require(
+            (0.0..=1.0).contains(&freq_shift) && mlp_norm_eps > 0.0 && mlp_norm_eps < 1.0,
+            format!("numerics.freq_shift {freq_shift} or numerics.mlp_norm_eps {mlp_norm_eps} is out of range"),
+        );
+        require(
+            self.numerics.is_default() || self.conditioning == Conditioning::AdaLnZero,
+            "only adaln-zero models come with numerics other than the official code's".to_owned(),
         );
         problems
     }
@@ -247,6 +262,7 @@ mod tests {
             num_classes: 1000,
             learn_sigma: true,
             conditioning,
+            numerics: Default::default(),
         };
         Dit::new(config).expect(name)
     }
