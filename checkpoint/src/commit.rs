@@ -31,6 +31,8 @@ pub struct Commit {
     pub config: Value,
     /// The agreed exceptions so far.
     pub decision_log: Value,
+    /// What was measured of these weights, by name; finite numbers.
+    pub metrics: BTreeMap<String, f64>,
     /// One per rank of the world that wrote, in any order.
     pub shards: Vec<ShardRecord>,
 }
@@ -40,9 +42,9 @@ impl RunStore {
     /// the manifest that is there.
     ///
     /// # Errors
-    /// [`CheckpointError::Incomplete`] if a tensor is not covered exactly once, a rank's shard is lacking, or an object is not in
-    /// the store with its length; [`CheckpointError::Fenced`] if a later attempt took over or the step was committed with other
-    /// content; store errors, after which the commit may or may not have happened: call again to find out.
+    /// [`CheckpointError::Incomplete`] if a tensor is not covered exactly once, a rank's shard is lacking, an object is not in
+    /// the store with its length, or a metric is not finite; [`CheckpointError::Fenced`] if a later attempt took over or the step
+    /// was committed with other content; store errors, after which the commit may or may not have happened: call again to find out.
     pub fn commit(&self, commit: Commit) -> Result<Manifest, CheckpointError> {
         let (attempt, step) = (commit.attempt, commit.step);
         let backend = &self.backend;
@@ -151,6 +153,7 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
         writer: concat!("ditharos ", env!("CARGO_PKG_VERSION")).to_owned(),
         config: commit.config,
         decision_log: commit.decision_log,
+        metrics: commit.metrics,
         chunk_bytes: CHUNK_BYTES,
         shards,
         tensors,

@@ -17,7 +17,7 @@
 //! let data = F32Bytes::from(&[1.0, 2.0, 3.0][..]);
 //! let shard = store.write_shard(&id, &[Slice { name: "model/w", shape: &[3], start_numel: 0, data }])?;
 //! store.commit(Commit { attempt, step: 10, optimizer_step: 10, config: Default::default(),
-//!     decision_log: Default::default(), shards: vec![shard] })?;
+//!     decision_log: Default::default(), metrics: Default::default(), shards: vec![shard] })?;
 //! let (manifest, damaged) = store.newest_valid()?.expect("one was committed");
 //! assert!(damaged.is_empty());
 //! assert_eq!(store.read(&manifest).read_f32("model/w", 1..3)?, [2.0, 3.0]);
@@ -34,6 +34,7 @@ mod garbage;
 mod keys;
 mod location;
 mod manifest;
+mod metric;
 mod reader;
 mod resume;
 mod retention;
@@ -49,8 +50,10 @@ pub use commit::Commit;
 pub use error::CheckpointError;
 pub use garbage::{Activity, Garbage};
 pub use manifest::{Dtype, Manifest, ObjectRecord, SliceEntry, TensorEntry};
+pub use metric::Metric;
 pub use reader::{CheckpointReader, ReadInto};
 pub use resume::{Committed, Damaged};
+pub use retention::Retention;
 pub use shard::{PartRecord, ShardId, ShardRecord, Slice, SliceRecord};
 pub use store::{RunStore, StoreOptions};
 pub use values::F32Bytes;

@@ -64,6 +64,9 @@ pub struct Manifest {
     pub config: Value,
     /// The agreed exceptions so far.
     pub decision_log: Value,
+    /// What was measured of these weights, by name (`val_loss/ema`); finite.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
     /// Length of the digested chunks.
     pub chunk_bytes: u64,
     /// The objects that hold the tensors.
@@ -125,6 +128,12 @@ impl Manifest {
         if !self.chunk_bytes.is_power_of_two() || !CHUNK_BYTES_RANGE.contains(&self.chunk_bytes) {
             return Err(format!("chunk_bytes = {}; expected a power of two from 4096 to 67108864", self.chunk_bytes));
         }
+        for (name, value) in &self.metrics {
+            check_name("metric", name)?;
+            if !value.is_finite() {
+                return Err(format!("the metric `{name}` is {value}; expected a finite number"));
+            }
+        }
         let mut keys_seen = BTreeSet::new();
         for shard in &self.shards {
             self.check_shard(shard)?;
@@ -178,7 +187,7 @@ impl Manifest {
     }
 
     fn check_tensor(&self, name: &str, tensor: &TensorEntry) -> Result<(), String> {
-        check_name(name)?;
+        check_name("tensor", name)?;
         let numel = checked_numel(name, &tensor.shape)?;
         let mut covered = 0usize;
         for slice in &tensor.slices {
@@ -219,12 +228,12 @@ impl Manifest {
 }
 
 /// A name that any tool can print and any file system of tools can split at `/`.
-pub(crate) fn check_name(name: &str) -> Result<(), String> {
+pub(crate) fn check_name(what: &str, name: &str) -> Result<(), String> {
     let fine =
         !name.is_empty() && name.len() <= MAX_NAME_BYTES && name != "__metadata__" && !name.contains(char::is_control);
     fine.then_some(()).ok_or_else(|| {
         format!(
-            "`{}` is not a tensor name; expected 1 to {MAX_NAME_BYTES} bytes without control characters",
+            "`{}` is not a {what} name; expected 1 to {MAX_NAME_BYTES} bytes without control characters",
             name.escape_debug()
         )
     })

@@ -71,24 +71,27 @@ impl RunStore {
     /// [`CheckpointError::AllDamaged`]; [`CheckpointError::UnknownVersion`] (falling back behind a newer program's checkpoint would
     /// fork the run); store errors, which are never taken for damage.
     pub fn newest_valid(&self) -> Result<Option<(Manifest, Vec<Damaged>)>, CheckpointError> {
-        runtime::wait(async {
-            let mut damaged = Vec::new();
-            for commit in committed(&self.backend).await? {
-                match read_and_verify(&self.backend, &commit).await {
-                    Ok(manifest) => return Ok(Some((manifest, damaged))),
-                    Err(error) if error.is_damage() => {
-                        damaged.push(Damaged { step: commit.step, attempt: commit.attempt, reason: error.to_string() });
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
-            if damaged.is_empty() {
-                Ok(None)
-            } else {
-                Err(CheckpointError::AllDamaged { url: self.backend.url.clone(), damaged })
-            }
-        })
+        runtime::wait(async { first_valid(&self.backend, committed(&self.backend).await?).await })
     }
+}
+
+/// The first of `commits` of which every byte is as it was written, with those before it, which are damaged. `None` if
+/// there are none.
+pub(crate) async fn first_valid(
+    backend: &std::sync::Arc<Backend>,
+    commits: Vec<Committed>,
+) -> Result<Option<(Manifest, Vec<Damaged>)>, CheckpointError> {
+    let mut damaged = Vec::new();
+    for commit in commits {
+        match read_and_verify(backend, &commit).await {
+            Ok(manifest) => return Ok(Some((manifest, damaged))),
+            Err(error) if error.is_damage() => {
+                damaged.push(Damaged { step: commit.step, attempt: commit.attempt, reason: error.to_string() });
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if damaged.is_empty() { Ok(None) } else { Err(CheckpointError::AllDamaged { url: backend.url.clone(), damaged }) }
 }
 
 pub(crate) async fn read_and_verify(

@@ -1,18 +1,45 @@
 //! Deleting old checkpoints, never before a newer one has been read back.
 
-use crate::{error::CheckpointError, keys, location::sync_folder, resume, runtime, store::RunStore};
+use crate::{
+    error::CheckpointError,
+    keys,
+    location::sync_folder,
+    metric::{Judged, Metric, judge_all, ranked},
+    resume, runtime,
+    store::RunStore,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Which committed checkpoints [`RunStore::retain`] keeps: those that any of the rules names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retention {
+    /// The newest so many steps; at least 2.
+    pub keep_last: usize,
+    /// Every step that is a multiple of this number, for ever; 0 for none.
+    pub keep_every: u64,
+    /// The best so many steps by a metric. A step whose manifest is damaged might be one of them and is kept, too.
+    pub keep_best: Option<(usize, Metric)>,
+}
+
+impl Retention {
+    /// Keeps the newest `keep_last` steps and no others.
+    pub fn last(keep_last: usize) -> Self {
+        Self { keep_last, keep_every: 0, keep_best: None }
+    }
+}
+
 impl RunStore {
-    /// Deletes every step older than the newest `keep_last` committed ones, leftovers of attempts that never committed
-    /// included, and returns the steps that were removed, oldest first. Before that it reads the newest checkpoint back in full.
+    /// Deletes every step older than the newest `keep_last` committed ones that no other rule keeps, leftovers of attempts that
+    /// never committed included, and returns the steps that were removed, oldest first. Before that it reads the newest
+    /// checkpoint back in full.
     ///
     /// Of each step the manifests go first, and are durably gone before the first shard goes: a crash in between leaves shards that
     /// nothing points at, and they go next time.
     ///
     /// # Errors
     /// [`CheckpointError::KeepTooFew`]; if the newest checkpoint is damaged, that damage, and nothing was deleted; store errors.
-    pub fn retain(&self, keep_last: usize) -> Result<Vec<u64>, CheckpointError> {
+    pub fn retain(&self, retention: &Retention) -> Result<Vec<u64>, CheckpointError> {
+        let keep_last = retention.keep_last;
         if keep_last < 2 {
             return Err(CheckpointError::KeepTooFew { keep_last });
         }
@@ -22,9 +49,10 @@ impl RunStore {
             let (Some(newest), Some(&oldest_kept)) = (committed.first(), steps.iter().rev().nth(keep_last - 1)) else {
                 return Ok(Vec::new());
             };
+            let kept = self.kept_before(oldest_kept, &steps, retention).await?;
             let mut old: BTreeMap<u64, Vec<String>> = BTreeMap::new();
             for key in self.backend.list(keys::CHECKPOINTS).await? {
-                if let Some(step) = keys::parse_step(&key).filter(|&step| step < oldest_kept) {
+                if let Some(step) = keys::parse_step(&key).filter(|step| *step < oldest_kept && !kept.contains(step)) {
                     old.entry(step).or_default().push(key);
                 }
             }
@@ -39,6 +67,25 @@ impl RunStore {
             }
             Ok(removed)
         })
+    }
+
+    /// The committed steps before `oldest_kept` that some rule keeps.
+    async fn kept_before(
+        &self,
+        oldest_kept: u64,
+        committed: &BTreeSet<u64>,
+        retention: &Retention,
+    ) -> Result<BTreeSet<u64>, CheckpointError> {
+        let every = retention.keep_every;
+        let older = committed.range(..oldest_kept).copied();
+        let mut kept: BTreeSet<u64> = older.filter(|step| every > 0 && step.is_multiple_of(every)).collect();
+        if let Some((count, metric)) = &retention.keep_best {
+            let judged = judge_all(self).await?;
+            kept.extend(ranked(&judged, metric).iter().take(*count).map(|commit| commit.step));
+            let unknown = judged.iter().filter(|(_, judged)| matches!(judged, Judged::Unreadable));
+            kept.extend(unknown.map(|(commit, _)| commit.step));
+        }
+        Ok(kept)
     }
 
     pub(crate) async fn remove_step(&self, step: u64, objects: Vec<String>) -> Result<(), CheckpointError> {

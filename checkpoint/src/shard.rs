@@ -178,7 +178,7 @@ impl Part {
 fn lay_out(slices: &[Slice<'_>], part_bytes: u64) -> Result<Vec<Part>, String> {
     let mut kept: Vec<&Slice<'_>> = Vec::with_capacity(slices.len());
     for slice in slices {
-        check_name(slice.name)?;
+        check_name("tensor", slice.name)?;
         let numel = checked_numel(slice.name, slice.shape)?;
         let end = slice.start_numel.checked_add(slice.data.numel());
         if end.is_none_or(|end| end > numel) {

@@ -5,6 +5,7 @@ use crate::{
     chunk::Sha256Digest,
     error::CheckpointError,
     location::{self, Folder, Location},
+    metric::MetricsCache,
 };
 use object_store::{ObjectStore, path::Path};
 use std::{
@@ -44,6 +45,8 @@ pub struct RunStore {
     /// Attempts claimed through this value, with the digest of their record: a store whose create-if-absent has several
     /// winners is noticed when the record turns out to be another's.
     pub(crate) claimed: Arc<Mutex<HashMap<u32, Sha256Digest>>>,
+    /// So that retention reads each manifest once.
+    pub(crate) metrics: Arc<MetricsCache>,
 }
 
 impl RunStore {
@@ -98,6 +101,10 @@ impl RunStore {
 
     fn at(location: Location, options: StoreOptions) -> Self {
         let Location { store, root, url, folder } = location;
-        Self { backend: Arc::new(Backend { store, root, url, folder, options }), claimed: Arc::default() }
+        Self {
+            backend: Arc::new(Backend { store, root, url, folder, options }),
+            claimed: Arc::default(),
+            metrics: Arc::default(),
+        }
     }
 }

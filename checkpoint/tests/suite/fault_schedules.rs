@@ -2,7 +2,7 @@
 
 use crate::world::*;
 use async_trait::async_trait;
-use checkpoint::{Activity, AttemptInfo, CheckpointError, RunStore, StoreOptions};
+use checkpoint::{Activity, AttemptInfo, CheckpointError, Retention, RunStore, StoreOptions};
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
@@ -186,7 +186,7 @@ fn live(store: &RunStore, rng: &mut ChaCha8Rng) -> Option<(Option<u64>, Option<u
             break;
         }
         acknowledged = Some(step);
-        if rng.random_bool(0.3) && store.retain(2).is_err() {
+        if rng.random_bool(0.3) && store.retain(&Retention::last(2)).is_err() {
             break;
         }
     }

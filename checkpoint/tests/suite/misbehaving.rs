@@ -3,7 +3,7 @@
 use crate::world::*;
 use async_trait::async_trait;
 use bytes::Bytes;
-use checkpoint::{CheckpointError, RunStore, StoreOptions};
+use checkpoint::{CheckpointError, Metric, Retention, RunStore, StoreOptions};
 use futures::stream::BoxStream;
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
@@ -11,7 +11,10 @@ use object_store::{
 };
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -35,6 +38,8 @@ struct Misbehaving {
     on: String,
     faults: Mutex<VecDeque<Fault>>,
     reads_fail: bool,
+    /// So many deletes go through before all fail; `None`: all go through.
+    deletes_left: Option<AtomicUsize>,
 }
 
 impl std::fmt::Display for Misbehaving {
@@ -77,7 +82,11 @@ impl ObjectStore for Misbehaving {
         if self.reads_fail { Err(broken()) } else { self.inner.get_opts(location, options).await }
     }
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.inner.delete_stream(locations)
+        let Some(left) = &self.deletes_left else { return self.inner.delete_stream(locations) };
+        match left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) {
+            Ok(_) => self.inner.delete_stream(locations),
+            Err(_) => Box::pin(futures::stream::once(async { Err(broken()) })),
+        }
     }
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         self.inner.list(prefix)
@@ -193,7 +202,29 @@ fn a_store_that_cannot_be_read_is_not_a_damaged_checkpoint() {
     let reader = over(store);
     let error = reader.newest_valid().unwrap_err();
     assert!(matches!(error, CheckpointError::Store { .. }), "neither nothing nor damage: {error}");
-    assert!(reader.retain(2).is_err());
+    assert!(reader.retain(&Retention::last(2)).is_err());
+}
+
+#[test]
+fn retention_that_dies_after_any_delete_leaves_no_manifest_without_its_shards() {
+    let metric = Metric { name: "loss".to_owned(), higher_is_better: false };
+    let retention = Retention { keep_last: 2, keep_every: 4, keep_best: Some((1, metric)) };
+    // Steps 1, 3 and 5 go, of three objects each; 2 is the best, 4 a multiple, 6 and 7 are the newest.
+    for deletes in 0..=9 {
+        let store = over(Misbehaving { deletes_left: Some(deletes.into()), ..Misbehaving::default() });
+        let attempt = claim(&store, None);
+        for (step, loss) in [(1, 0.5), (2, 0.1), (3, 0.3), (4, 0.6), (5, 0.2), (6, 0.9), (7, 0.7)] {
+            save_measured(&store, attempt, step, &[("loss", loss)]);
+        }
+        assert_eq!(store.retain(&retention).is_ok(), deletes == 9, "after {deletes} deletes");
+        let committed = store.committed().unwrap();
+        for commit in &committed {
+            store.verify(&store.manifest(commit).unwrap()).unwrap();
+        }
+        let steps: Vec<u64> = committed.iter().map(|commit| commit.step).collect();
+        assert!([7, 6, 4, 2].iter().all(|step| steps.contains(step)), "{steps:?} after {deletes} deletes");
+        assert_eq!(steps.len(), 4 + 3usize.saturating_sub(deletes.div_ceil(3)), "after {deletes} deletes");
+    }
 }
 
 /// Only S3's client decides how long an unreachable server is tried: nothing listens on this port.

@@ -1,7 +1,7 @@
 //! The same protocol on a server that the environment names.
 
 use crate::world::*;
-use checkpoint::{RunStore, digest};
+use checkpoint::{Retention, RunStore, digest};
 use std::{collections::BTreeSet, time::SystemTime};
 
 /// Start a server, export its credentials (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `AWS_ALLOW_HTTP=true`, …), then
@@ -25,7 +25,7 @@ fn a_run_on_a_real_server() {
     assert_eq!((manifest.step, damaged.len()), (30, 0));
     assert_holds(&store.read(&manifest), TENSORS, 30);
     assert_eq!(digest::section_digests(&store.read(&manifest)).unwrap().len(), 3);
-    assert_eq!(store.retain(2).unwrap(), [10]);
+    assert_eq!(store.retain(&Retention::last(2)).unwrap(), [10]);
     let second = claim(&store, Some(20));
     assert_eq!(newest(&store), (Some(20), vec![]));
     assert!(try_save(&store, 8, 40).is_err());

@@ -101,7 +101,8 @@ pub fn write_all(
 
 pub fn content(attempt: u32, step: u64, shards: Vec<ShardRecord>) -> Commit {
     let config = json!({"optimizer": {"lr": 1e-4}, "train": {"lanes": 8}});
-    Commit { attempt, step, optimizer_step: step, config, decision_log: json!([{"step": 3, "skipped": true}]), shards }
+    let decision_log = json!([{"step": 3, "skipped": true}]);
+    Commit { attempt, step, optimizer_step: step, config, decision_log, metrics: Default::default(), shards }
 }
 
 /// Writes and commits a checkpoint of the small tensors by two ranks.
@@ -110,8 +111,23 @@ pub fn save(store: &RunStore, attempt: u32, step: u64) -> Manifest {
 }
 
 pub fn try_save(store: &RunStore, attempt: u32, step: u64) -> Result<Manifest, CheckpointError> {
+    try_save_measured(store, attempt, step, &[])
+}
+
+/// The same with metrics.
+pub fn save_measured(store: &RunStore, attempt: u32, step: u64, metrics: &[(&str, f64)]) -> Manifest {
+    try_save_measured(store, attempt, step, metrics).unwrap()
+}
+
+pub fn try_save_measured(
+    store: &RunStore,
+    attempt: u32,
+    step: u64,
+    metrics: &[(&str, f64)],
+) -> Result<Manifest, CheckpointError> {
     let shards = (0..2).map(|rank| write_rank(store, &ShardId { attempt, step, rank, world_size: 2 }, &small()));
-    store.commit(content(attempt, step, shards.collect::<Result<_, _>>()?))
+    let metrics = metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+    store.commit(Commit { metrics, ..content(attempt, step, shards.collect::<Result<_, _>>()?) })
 }
 
 /// The step of the newest valid checkpoint and the steps found damaged.

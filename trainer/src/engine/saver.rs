@@ -3,7 +3,7 @@
 
 use super::bucket::{Bucket, Buckets, Entry};
 use anyhow::{Context, Result, anyhow, bail};
-use checkpoint::{Commit, F32Bytes, Manifest, ReadInto, RunStore, ShardId, ShardRecord, Slice};
+use checkpoint::{Commit, F32Bytes, Manifest, ReadInto, Retention, RunStore, ShardId, ShardRecord, Slice};
 use collective::Collective;
 use serde_json::Value;
 use std::sync::Arc;
@@ -182,6 +182,7 @@ impl Saver {
                 optimizer_step: step,
                 config: config.clone(),
                 decision_log: Value::Array(Vec::new()),
+                metrics: Default::default(),
                 shards,
             };
             self.submit(Job::Commit { commit, result: sender })?;
@@ -231,7 +232,7 @@ fn work(store: &RunStore, keep_last: usize, queue: Receiver<Job>) {
             }
             Job::Commit { commit, result } => {
                 let _ = result.send(store.commit(commit).map_err(Into::into));
-                if let Err(error) = store.retain(keep_last) {
+                if let Err(error) = store.retain(&Retention::last(keep_last)) {
                     eprintln!("trainer: warning: old checkpoints were not removed: {error}");
                 }
             }
