@@ -4,6 +4,7 @@
 mod legacy;
 mod pickle;
 mod rebuild;
+pub mod write;
 mod zip;
 
 use self::pickle::{Id, Node, Pickle, PickleError};

@@ -1,6 +1,8 @@
+use super::write::PyValue;
 use super::*;
 use crate::interop::values::Dtype;
 use serde_json::json;
+use std::io::Write;
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/torch_files").join(name)
@@ -27,7 +29,7 @@ fn pickle_refusal(pickle: &[u8]) -> String {
 
 fn zip_of(entries: &[(&str, &[u8])]) -> Vec<u8> {
     use npyz::zip::{CompressionMethod, ZipWriter, write::FileOptions};
-    use std::io::Write;
+
     let mut zip = ZipWriter::new(std::io::Cursor::new(Vec::new()));
     for (name, bytes) in entries {
         zip.start_file(*name, FileOptions::default().compression_method(CompressionMethod::Stored)).unwrap();
@@ -228,4 +230,101 @@ fn no_mutation_of_a_real_file_panics_or_reads_out_of_bounds() {
         }
     }
     assert!(accepted > 200, "most mutations must get past the container: {accepted}");
+}
+
+/// The project's Python, or `None` (said aloud) where there is no `.venv`.
+fn python() -> Option<PathBuf> {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin/python");
+    if !python.exists() {
+        writeln!(std::io::stderr(), "SKIPPED: no {}", python.display()).unwrap();
+        return None;
+    }
+    Some(python)
+}
+
+fn run_python(python: &Path, script: &str, arguments: &[&Path]) -> String {
+    let output = std::process::Command::new(python).arg("-c").arg(script).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+fn sample() -> PyValue {
+    let tensor = |name: &str, dtype, shape: &[usize]| {
+        PyValue::Tensor(name.to_owned(), TensorSpec { dtype, shape: shape.to_vec() })
+    };
+    let state_dict = PyValue::OrderedDict(vec![
+        ("a.weight".into(), tensor("a", Dtype::F32, &[2, 3])),
+        ("half".into(), tensor("h", Dtype::F16, &[3])),
+        ("brain".into(), tensor("b", Dtype::BF16, &[3, 1])),
+        ("scalar".into(), tensor("s", Dtype::F32, &[])),
+        ("none".into(), tensor("n", Dtype::F32, &[0, 4])),
+    ]);
+    let plain = PyValue::List(vec![
+        PyValue::None,
+        PyValue::Bool(true),
+        PyValue::Int(-5),
+        PyValue::Int(1 << 40),
+        PyValue::Float(0.1),
+        PyValue::Tuple(vec![]),
+        PyValue::Tuple(vec!["ü".into(), PyValue::Dict(vec![(PyValue::Int(3), PyValue::List(vec![]))])]),
+    ]);
+    PyValue::dict([("model", state_dict), ("plain", plain)])
+}
+
+fn sample_values(name: &str) -> Result<Vec<u8>, InteropError> {
+    use crate::interop::values::encode;
+    Ok(match name {
+        "a" => encode(&[1.0, -0.0, 3.5e-42, f32::INFINITY, 0.1, 6.0], Dtype::F32),
+        "h" => encode(&[1.0, 0.1, 65504.0], Dtype::F16),
+        "b" => encode(&[1.0, 0.1, -3e38], Dtype::BF16),
+        "s" => encode(&[7.0], Dtype::F32),
+        _ => Vec::new(),
+    })
+}
+
+#[test]
+fn what_is_written_reads_back_and_is_written_complete_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("w.pt");
+    write::write(&path, &sample(), sample_values).unwrap();
+    let file = TorchFile::open(&path).unwrap();
+    for (name, value) in
+        [("model/a.weight", "a"), ("model/half", "h"), ("model/brain", "b"), ("model/scalar", "s"), ("model/none", "n")]
+    {
+        assert_eq!(file.read(name).unwrap().bytes, sample_values(value).unwrap(), "{name}");
+    }
+    assert_eq!(file.tensors()["model/brain"].shape, [3, 1]);
+    assert_eq!(file.about()["plain"], json!([null, true, -5, 1u64 << 40, 0.1, [], ["ü", {"3": []}]]));
+    let first = std::fs::read(&path).unwrap();
+    write::write(&path, &sample(), sample_values).unwrap();
+    assert_eq!(first, std::fs::read(&path).unwrap());
+    let error = write::write(&path, &sample(), |_| Ok(vec![0; 3])).unwrap_err().to_string();
+    assert!(error.contains("tensor `a`: has 3 bytes; expected F32 [2, 3]"), "{error}");
+    assert_eq!(first, std::fs::read(&path).unwrap());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
+}
+
+#[test]
+fn pytorch_loads_what_is_written_as_weights_only_and_mapped() {
+    let Some(python) = python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("w.pt");
+    write::write(&path, &sample(), sample_values).unwrap();
+    let script = r#"
+import sys, collections, torch
+for options in ({}, {"mmap": True}):
+    whole = torch.load(sys.argv[1], weights_only=True, **options)
+    model = whole["model"]
+    assert type(model) is collections.OrderedDict and list(model) == ["a.weight", "half", "brain", "scalar", "none"]
+    bits = model["a.weight"].view(torch.int32).tolist()
+    assert bits == torch.tensor([[1, -0.0, 3.5e-42], [float("inf"), 0.1, 6]]).view(torch.int32).tolist(), bits
+    assert torch.equal(model["half"], torch.tensor([1, 0.1, 65504], dtype=torch.float16))
+    assert torch.equal(model["brain"], torch.tensor([[1], [0.1], [-3e38]], dtype=torch.bfloat16))
+    assert model["scalar"].shape == () and model["scalar"] == 7 and model["none"].shape == (0, 4)
+    assert all(tensor.is_contiguous() for tensor in model.values())
+    assert whole["plain"] == [None, True, -5, 1 << 40, 0.1, (), ("ü", {3: []})], whole["plain"]
+    model["a.weight"].add_(1)
+print("fine")
+"#;
+    assert_eq!(run_python(&python, script, &[&path]), "fine");
 }
