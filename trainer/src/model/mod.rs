@@ -7,6 +7,9 @@
 pub mod dit;
 mod embed;
 mod init;
+pub mod patterns;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use embed::{shifted_timestep_embedding, sin_cos_2d, timestep_embedding};
 pub use init::{Init, initial_values};
