@@ -31,6 +31,6 @@ pub use error::{ConfigError, Mistake};
 pub use resume::{KeyChange, changed_experiment_keys};
 pub use schema::{
     CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
-    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig,
-    RunLocation, SampleConfig, Sampler, Schedule, TimestepSampling, TrainConfig,
+    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, ParamGroup, Reduction,
+    RunConfig, RunLocation, SampleConfig, Sampler, Schedule, TimestepSampling, TrainConfig,
 };

@@ -12,6 +12,7 @@ use crate::schema::*;
 use crate::{location, overrides, presets};
 
 mod diffusion;
+mod optimizer;
 
 /// Upper end of integers without a natural one: TOML's integers are i64.
 const ANY: u64 = i64::MAX as u64;
@@ -74,20 +75,8 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
         data: read_data(r, base),
         model: read_model(r),
         diffusion: diffusion::read(r),
-        optimizer: OptimizerConfig {
-            lr: r.float("optimizer.lr", POSITIVE, 1e-4),
-            betas: r.float_pair("optimizer.betas", BELOW_ONE, [0.9, 0.999]),
-            eps: r.float("optimizer.eps", POSITIVE, 1e-8),
-            weight_decay: r.float("optimizer.weight_decay", 0.0.., 0.0),
-            warmup_steps: r.integer("optimizer.warmup_steps", 0..=ANY, 0),
-            decay: r.choice(
-                "optimizer.decay",
-                &[("constant", Decay::Constant), ("cosine", Decay::Cosine), ("linear", Decay::Linear)],
-                Decay::Constant,
-            ),
-            final_lr: r.float("optimizer.final_lr", 0.0.., 0.0),
-        },
-        ema: EmaConfig { decay: r.float("ema.decay", BELOW_ONE, 0.9999) },
+        optimizer: optimizer::read(r),
+        ema: optimizer::read_ema(r),
         train: TrainConfig {
             steps: r.required_integer(
                 "train.steps",
@@ -244,17 +233,7 @@ fn check(r: &mut Reader, c: &RunConfig) {
         };
         r.refuse("train.lanes", "is not a power of two", format!("use {} or {above}{batches}", above / 2));
     }
-    if c.optimizer.decay != Decay::Constant
-        && r.sound(&["optimizer.warmup_steps", "train.steps"])
-        && c.optimizer.warmup_steps >= c.train.steps
-    {
-        let steps = c.train.steps;
-        r.refuse(
-            "optimizer.warmup_steps",
-            format!("leaves no step for the decay, because train.steps = {steps}"),
-            format!("use at most {}", steps - 1),
-        );
-    }
+    optimizer::check(r, c);
     check_sampling(r, c);
 }
 

@@ -117,8 +117,16 @@ fn wrong_types_and_ranges_are_refused() {
         ("optimizer.lr=nan", "out of range"),
         ("optimizer.lr=inf", "out of range"),
         ("optimizer.betas=[0.9]", "not a pair"),
+        ("optimizer.betas=0.9", "not an array of numbers"),
         ("optimizer.betas=[0.9, 1]", "out of range"),
         ("ema.decay=1", "out of range"),
+        ("ema.further_decays=0.9", "not an array of numbers"),
+        ("ema.further_decays=[0.9, 1]", "out of range"),
+        ("ema.further_decays=[0.9, 0.99, 0.9]", "twice"),
+        ("ema.further_decays=[0.9, 0.9999]", "repeats ema.decay = 0.9999"),
+        ("ema.power=[0.3]", "out of range"),
+        ("optimizer.clip_grad_norm=0", "out of range"),
+        ("optimizer.groups=[1]", "not an array of tables"),
         ("model.class_dropout_prob=1.5", "out of range"),
         ("model.learn_sigma=yes", "is a string, not true or false"),
         ("checkpoint.keep_last=1", "out of range"),
@@ -134,6 +142,48 @@ fn wrong_types_and_ranges_are_refused() {
     ] {
         let mistakes = load(SMALL, &[given]).unwrap_err();
         assert!(mistakes[0].problem.contains(problem), "{given}: {mistakes:#?}");
+    }
+}
+
+#[test]
+fn groups_are_read_one_by_one_and_their_mistakes_are_named_by_number() {
+    let groups = r#"
+[[optimizer.groups]]
+match = ["*.bias", "y_embedder.*"]
+weight_decay = 0
+[[optimizer.groups]]
+match = ["blocks.0.*"]
+lr_scale = 0.1
+"#;
+    let config = load(&format!("{SMALL}{groups}"), &[]).unwrap();
+    let [first, second] = &config.optimizer.groups[..] else { panic!("{:?}", config.optimizer.groups) };
+    assert_eq!(
+        (&first.patterns[..], first.weight_decay),
+        (&["*.bias".to_owned(), "y_embedder.*".into()][..], Some(0.0))
+    );
+    assert_eq!((second.weight_decay, second.lr_scale), (None, Some(0.1)));
+    let recorded = config.to_json();
+    assert_eq!(recorded["optimizer"]["groups"][1], serde_json::json!({"match": ["blocks.0.*"], "lr_scale": 0.1}));
+
+    assert_eq!(mistake(&["optimizer.groups=[{match = [\"*\"], lrscale = 1}]"]).advice, "did you mean `lr_scale`?");
+    for (group, key, problem) in [
+        ("{weight_decay = 0}", "optimizer.groups[0].match", "is missing"),
+        ("{match = []}", "optimizer.groups[0].match", "is empty"),
+        ("{match = \"*\"}", "optimizer.groups[0].match", "is not an array of names"),
+        ("{match = [\"*\"], lr_scale = -1}", "optimizer.groups[0].lr_scale", "is out of range"),
+    ] {
+        let mistake = mistake(&[&format!("optimizer.groups=[{group}]")]);
+        assert_eq!((&mistake.key[..], &mistake.problem[..], &mistake.origin[..]), (key, problem, "--set"), "{group}");
+    }
+}
+
+#[test]
+fn keys_left_at_their_default_are_not_recorded() {
+    // Runs recorded before these keys existed stay resumable.
+    let recorded = load(SMALL, &[]).unwrap().to_json();
+    assert_eq!(recorded["ema"], serde_json::json!({"decay": 0.9999}));
+    for key in ["clip_grad_norm", "groups"] {
+        assert_eq!(recorded["optimizer"].get(key), None, "{key}");
     }
 }
 

@@ -101,21 +101,72 @@ impl<'a> Reader<'a> {
         range: impl RangeBounds<f64>,
         default: [f64; 2],
     ) -> [f64; 2] {
-        let Some(value) = self.take(key) else {
-            return default;
-        };
         let expected = format!("give two numbers {} in brackets, such as {default:?}", described(&range));
-        let numbers: Option<Vec<f64>> = value.as_array().and_then(|array| array.iter().map(number).collect());
-        match numbers.as_deref() {
-            Some(&[first, second]) => {
-                if [first, second].iter().all(|number| number.is_finite() && range.contains(number)) {
-                    return [first, second];
-                }
-                self.refuse(key, "is out of range", expected);
+        match self.numbers(key, range, &expected).as_deref() {
+            None => default,
+            Some(&[first, second]) => [first, second],
+            Some(_) => {
+                self.refuse(key, "is not a pair of numbers", expected);
+                default
             }
-            _ => self.refuse(key, "is not a pair of numbers", expected),
         }
-        default
+    }
+
+    /// An array of finite numbers inside `range`, no two equal; empty when not given.
+    pub(crate) fn float_list(&mut self, key: &'static str, range: impl RangeBounds<f64>) -> Vec<f64> {
+        let expected = format!("give numbers {} in brackets, each once", described(&range));
+        let numbers = self.numbers(key, range, &expected).unwrap_or_default();
+        if (1..numbers.len()).any(|index| numbers[..index].contains(&numbers[index])) {
+            self.refuse(key, "has a number twice", expected);
+        }
+        numbers
+    }
+
+    fn numbers(&mut self, key: &'static str, range: impl RangeBounds<f64>, expected: &str) -> Option<Vec<f64>> {
+        let value = self.take(key)?;
+        let numbers: Option<Vec<f64>> = value.as_array().and_then(|array| array.iter().map(number).collect());
+        let problem = match numbers {
+            None => "is not an array of numbers",
+            Some(numbers) if numbers.iter().all(|number| number.is_finite() && range.contains(number)) => {
+                return Some(numbers);
+            }
+            Some(_) => "is out of range",
+        };
+        self.refuse(key, problem, expected);
+        None
+    }
+
+    /// An array of strings, none of them empty; empty when not given.
+    pub(crate) fn text_list(&mut self, key: &'static str) -> Vec<String> {
+        let Some(value) = self.take(key) else { return Vec::new() };
+        let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+        match value.as_array().and_then(|array| array.iter().map(text).collect()) {
+            Some(texts) => texts,
+            None => {
+                self.refuse(key, "is not an array of names", "write strings in brackets, such as [\"*.bias\"]");
+                Vec::new()
+            }
+        }
+    }
+
+    /// An array of tables (`[[key]]`), each read by `read` with a reader of its own; empty when not given.
+    pub(crate) fn tables<T>(&mut self, key: &'static str, read: impl Fn(&mut Reader) -> T) -> Vec<T> {
+        let Some(value) = self.take(key) else { return Vec::new() };
+        let tables: Option<Vec<&Table>> =
+            value.as_array().and_then(|array| array.iter().map(Value::as_table).collect());
+        let Some(tables) = tables else {
+            self.refuse(key, "is not an array of tables", format!("write [[{key}]] above each"));
+            return Vec::new();
+        };
+        let (origin, none) = (self.origin(key), Applied::new());
+        let mut read_one = |(index, table)| {
+            let mut reader = Reader::new(origin.clone(), table, &none, Vec::new());
+            let read = read(&mut reader);
+            let of_key = |mistake: Mistake| Mistake { key: format!("{key}[{index}].{}", mistake.key), ..mistake };
+            self.mistakes.extend(reader.finish().into_iter().map(of_key));
+            read
+        };
+        tables.into_iter().enumerate().map(&mut read_one).collect()
     }
 
     pub(crate) fn boolean(&mut self, key: &'static str, default: bool) -> bool {

@@ -288,6 +288,26 @@ pub struct OptimizerConfig {
     pub decay: Decay,
     /// Learning rate at `train.steps` when `decay` is not constant. At least 0.
     pub final_lr: f64,
+    /// Largest norm of the mean gradient over all parameters; a longer one is scaled down to it. Above 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_grad_norm: Option<f64>,
+    /// Parameters that are updated otherwise than the rest; the first group that matches a parameter has it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<ParamGroup>,
+}
+
+/// `[[optimizer.groups]]`: parameters with settings of their own.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ParamGroup {
+    /// `match`: glob patterns over parameter names, at least one.
+    #[serde(rename = "match")]
+    pub patterns: Vec<String>,
+    /// In place of `optimizer.weight_decay`. At least 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+    /// Multiplies the learning rate of every step. At least 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_scale: Option<f64>,
 }
 
 /// `[ema]`
@@ -295,6 +315,15 @@ pub struct OptimizerConfig {
 pub struct EmaConfig {
     /// Weight of the old average at each step, in [0, 1).
     pub decay: f64,
+    /// Decays of further averages, each in [0, 1); none equal to `decay`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub further_decays: Vec<f64>,
+    /// No decay is above (1 + k) / (10 + k) at update k.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub warmup: bool,
+    /// Relative widths of power-function averages, each above 0 and at most 0.28.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub power: Vec<f64>,
 }
 
 /// `train.device`

@@ -70,21 +70,21 @@ pub fn weights(bundle: &Bundle, model: &dyn Model) -> Result<WeightSet> {
     WeightSet::from_named(model, bundle.weights("weights/")).map_err(|error| BundleError::Run(error.to_string()))
 }
 
-/// The weights below `weights/` in the buckets of a lone rank with `lanes` lanes; the EMA is a copy.
+/// The weights below `weights/` in the buckets of a lone rank with one lane; each of the averages is a copy.
 ///
 /// # Errors
 /// As [`weights`].
-pub fn buckets(bundle: &Bundle, model: &dyn Model, lanes: usize) -> Result<Buckets> {
+pub fn buckets(bundle: &Bundle, model: &dyn Model, averages: usize) -> Result<Buckets> {
     weights(bundle, model)?;
-    let block = LaneBlock::of(0, 1, lanes).map_err(|error| BundleError::Run(error.to_string()))?;
-    let buckets = Buckets::zeroed(model, lanes, block, Device::Cpu);
+    let block = LaneBlock::of(0, 1, 1).map_err(|error| BundleError::Run(error.to_string()))?;
+    let buckets = Buckets::zeroed(model, 1, block, averages, Device::Cpu);
     let tensors = bundle.weights("weights/");
     tch::no_grad(|| {
         for bucket in &buckets.0 {
             for entry in &bucket.layout.entries {
                 slice(&bucket.params, &entry.range()).copy_(&tensors[&entry.name].reshape([-1]));
             }
-            bucket.ema.shallow_clone().copy_(&bucket.params_shard());
+            bucket.copy_to_averages();
         }
     });
     Ok(buckets)

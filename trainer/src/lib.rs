@@ -4,6 +4,7 @@
 
 pub mod commands;
 pub mod diffusion;
+pub mod ema;
 pub mod encode;
 pub mod engine;
 pub mod ffi;

@@ -47,7 +47,7 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let noise = dit::latents(bundle, "in/noise", &model, n)?;
     let steps = dit::timesteps(bundle, "in/t", n, objective.tables.timesteps())?;
     let noised = objective.noised(x, Time::Steps(steps), noise);
-    let buckets = dit::buckets(bundle, &model, 1)?;
+    let buckets = dit::buckets(bundle, &model, 0)?;
     let pass = Pass { model: &model, buckets: &buckets, input: [&noised.x_t, &noised.model_t, &y] };
     let loss = |output: &Tensor| objective.losses(output, &noised).total();
     found.insert("output".to_owned(), output);

@@ -25,7 +25,7 @@ pub(super) const KIND: Kind = Kind {
 fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let model = dit::model(bundle)?;
     let weights = dit::weights(bundle, &model)?;
-    let buckets = dit::buckets(bundle, &model, 1)?;
+    let buckets = dit::buckets(bundle, &model, 0)?;
     let data = dit::latents(bundle, "in/x1", &model, -1)?;
     let n = data.size()[0];
     let noise = dit::latents(bundle, "in/x0", &model, n)?;

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tch::{Device, Tensor};
 use trainer::diffusion::{Gaussian, LossTerms, Noised, Objective, Prediction, SampleLosses, Time};
-use trainer::engine::bucket::{Buckets, Entry, view_of};
+use trainer::ema::Average;
+use trainer::engine::bucket::{Bucket, Buckets, Entry, view_of};
 use trainer::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use trainer::engine::stepper::{Experiment, Stepper};
 use trainer::ffi::AdamW;
@@ -38,17 +39,19 @@ pub(super) const STEPS: Kind = Kind {
     references_in_partner: false,
     run: |bundle, _, report| {
         let recording = Recording::read(bundle)?;
-        let end = recording.train(Average { decay: 0.9999, from_zero: false })?;
+        let averages = recorded_averages(bundle, &recording, report);
+        let end = recording.train(&averages)?;
         compare_losses(&recording, &end, report);
         let prefixes: [(&str, StateOf); 3] = [
-            ("final", |b, e| view_of(&b.params, e)),
-            ("adam_m", |b, e| view_of(&b.exp_avg, e)),
-            ("adam_v", |b, e| view_of(&b.exp_avg_sq, e)),
+            ("final", &|b, e| view_of(&b.params, e)),
+            ("adam_m", &|b, e| view_of(&b.exp_avg, e)),
+            ("adam_v", &|b, e| view_of(&b.exp_avg_sq, e)),
         ];
         for (prefix, state) in prefixes {
             compare_state(prefix, &end.buckets, state, prefix == "final", &recording, report);
         }
-        compare_averages(bundle, &recording, report)
+        compare_averages(&averages, &end, &recording, report);
+        Ok(())
     },
 };
 
@@ -80,13 +83,17 @@ pub(super) const EMA: Kind = Kind {
                 return Err(BundleError::Partner(text));
             }
         }
-        compare_averages(bundle, &Recording::read(inputs)?, report)
+        let recording = Recording::read(inputs)?;
+        let averages = recorded_averages(bundle, &recording, report);
+        compare_averages(&averages, &recording.train(&averages)?, &recording, report);
+        Ok(())
     },
 };
 
-/// A moving average of the weights.
-#[derive(Clone, Copy)]
-struct Average {
+/// A moving average of the weights that a bundle has.
+struct Recorded {
+    /// What its tensors are below, without the slash.
+    prefix: String,
     decay: f64,
     /// Starts at zero, not as a copy of the weights.
     from_zero: bool,
@@ -144,12 +151,12 @@ impl<'b> Recording<'b> {
     }
 
     /// Makes all steps as a lone rank with one lane.
-    fn train(&self, average: Average) -> Result<End> {
+    fn train(&self, averages: &[Recorded]) -> Result<End> {
         let failed = |error: &dyn std::fmt::Display| BundleError::Run(error.to_string());
         let tables = dit::tables(&self.bundle.spec)?;
-        let buckets = dit::buckets(self.bundle, &*self.model, 1)?;
-        if average.from_zero {
-            buckets.0.iter().for_each(|bucket| drop(bucket.ema.shallow_clone().zero_()));
+        let buckets = dit::buckets(self.bundle, &*self.model, averages.len())?;
+        for (index, _) in averages.iter().enumerate().filter(|(_, average)| average.from_zero) {
+            buckets.0.iter().for_each(|bucket| drop(bucket.averages[index].shallow_clone().zero_()));
         }
         let draw = |batch: &Batch| (batch.t.clone(), batch.noise.shallow_clone());
         let replay = Arc::new(Replay {
@@ -158,11 +165,10 @@ impl<'b> Recording<'b> {
             parts: Mutex::default(),
         });
         let lr = self.optimizer.lr;
-        let optimizer = Optimizer {
-            hyper: self.optimizer,
-            ema_decay: average.decay,
-            schedule: LrSchedule { lr, final_lr: lr, warmup_steps: 0, total_steps: u64::MAX, decay: LrDecay::Constant },
-        };
+        let schedule =
+            LrSchedule { lr, final_lr: lr, warmup_steps: 0, total_steps: u64::MAX, decay: LrDecay::Constant };
+        let averages = averages.iter().map(|average| Average::main(average.decay)).collect();
+        let optimizer = Optimizer::new(self.optimizer, schedule, averages);
         let block = LaneBlock::of(0, 1, 1).map_err(|error| failed(&error))?;
         let mut stepper = Stepper::new(
             Arc::new(LabelsAsGiven(self.model.clone())),
@@ -322,7 +328,7 @@ fn compare_losses(recording: &Recording, end: &End, report: &mut Report) {
 }
 
 /// A parameter's part of some state of a bucket.
-type StateOf = fn(&trainer::engine::bucket::Bucket, &Entry) -> Tensor;
+type StateOf<'a> = &'a dyn Fn(&Bucket, &Entry) -> Tensor;
 
 /// Compares one state of every parameter (frozen ones too when `with_frozen`) with the tensors below `prefix`.
 fn compare_state(
@@ -358,7 +364,7 @@ fn compare_state(
 
 /// Every moving average that the bundle has below `emaDECAY/` or `emazeroDECAY/`; those with a tolerance in the
 /// specification of an EMA bundle must be there.
-fn compare_averages(bundle: &Bundle, recording: &Recording, report: &mut Report) -> Result<()> {
+fn recorded_averages(bundle: &Bundle, recording: &Recording, report: &mut Report) -> Vec<Recorded> {
     let top = |name: &str| Some(name.split_once('/')?.0.to_owned());
     let mut prefixes: BTreeSet<String> = bundle.names().filter_map(top).filter(|top| top.starts_with("ema")).collect();
     if !std::ptr::eq(bundle, recording.bundle) {
@@ -368,15 +374,21 @@ fn compare_averages(bundle: &Bundle, recording: &Recording, report: &mut Report)
             report.problem("there is no `emaDECAY/` in it".to_owned());
         }
     }
+    let mut recorded = Vec::new();
     for prefix in prefixes {
         let rest = prefix.trim_start_matches("ema");
-        let decay = rest.trim_start_matches("zero").parse().ok().filter(|decay| (0.0..=1.0).contains(decay));
-        let Some(decay) = decay else {
-            report.problem(format!("`{prefix}/` does not name a decay, as in `ema0.999/`"));
-            continue;
-        };
-        let end = recording.train(Average { decay, from_zero: rest.starts_with("zero") })?;
-        compare_state(&prefix, &end.buckets, |bucket, entry| view_of(&bucket.ema, entry), true, recording, report);
+        let from_zero = rest.starts_with("zero");
+        match rest.trim_start_matches("zero").parse().ok().filter(|decay| (0.0..=1.0).contains(decay)) {
+            Some(decay) => recorded.push(Recorded { prefix, decay, from_zero }),
+            None => report.problem(format!("`{prefix}/` does not name a decay, as in `ema0.999/`")),
+        }
     }
-    Ok(())
+    recorded
+}
+
+fn compare_averages(averages: &[Recorded], end: &End, recording: &Recording, report: &mut Report) {
+    for (index, average) in averages.iter().enumerate() {
+        let state = |bucket: &Bucket, entry: &Entry| view_of(&bucket.averages[index], entry);
+        compare_state(&average.prefix, &end.buckets, &state, true, recording, report);
+    }
 }

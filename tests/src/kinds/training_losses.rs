@@ -27,7 +27,7 @@ pub(super) const KIND: Kind = Kind {
 
 fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let model = dit::model(bundle)?;
-    let buckets = dit::buckets(bundle, &model, 1)?;
+    let buckets = dit::buckets(bundle, &model, 0)?;
     let prediction = prediction(&bundle.spec)?;
     let objective = Gaussian::new(dit::tables(&bundle.spec)?, prediction, model.learn_sigma());
     let x_start = dit::latents(bundle, "in/x_start", &model, -1)?;

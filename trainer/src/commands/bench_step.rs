@@ -1,6 +1,7 @@
 //! `trainer bench-step`: the real training step (segments, reduction, AdamW, EMA) on made-up latents.
 
 use crate::diffusion::{Gaussian, Prediction, Respacing, Schedule, Tables};
+use crate::ema::Average;
 use crate::engine::bucket::Buckets;
 use crate::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use crate::engine::stepper::{Experiment, Stepper};
@@ -80,11 +81,12 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
     let tables = Tables::new(&betas, &Respacing::All.kept(betas.len())?);
     let schedule = LrSchedule { lr: 1e-4, final_lr: 0.0, warmup_steps: 0, total_steps: 1, decay: LrDecay::Constant };
     let hyper = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+    let averages = vec![Average::main(0.9999)];
     let mut stepper = Stepper::new(
         model.clone(),
         Box::new(Gaussian::new(tables, Prediction::Eps, true)),
-        Buckets::initialise(&*model, lanes, block, seed, device),
-        Optimizer { hyper, ema_decay: 0.9999, schedule },
+        Buckets::initialise(&*model, lanes, block, averages.len(), seed, device),
+        Optimizer::new(hyper, schedule, averages),
         Arc::new(SingleCollective::new(Duration::from_secs(60))),
         Experiment { seed, lanes, block, device },
     );

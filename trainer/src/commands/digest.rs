@@ -14,18 +14,23 @@ pub struct DigestArgs {
     tensors: bool,
 }
 
-/// Prints `model`, `ema` and `adamw` with the SHA-256 of their values in name order, and `step`.
+/// Prints `model`, `ema` and `adamw` with the SHA-256 of their values in name order, and `step`; after these a line for
+/// every further average (`ema_0.999 …`).
 ///
 /// # Errors
 /// No such checkpoint, or it is damaged.
 pub fn digest(args: &DigestArgs) -> Result<()> {
     let reader = source::reader(&args.url)?;
     let (sections, tensors) = all_digests(&reader)?;
-    for section in ["model", "ema", "adamw"] {
+    let main = ["model", "ema", "adamw"];
+    for section in main {
         let digest = sections.get(section).with_context(|| format!("the checkpoint has no section `{section}`"))?;
         println!("{section} {digest}");
     }
     println!("step {}", reader.manifest().step);
+    for (section, digest) in sections.iter().filter(|(section, _)| !main.contains(&section.as_str())) {
+        println!("{section} {digest}");
+    }
     if args.tensors {
         for tensor in tensors {
             println!("{} {} {:?}", tensor.name, tensor.sha256, tensor.shape);

@@ -33,8 +33,6 @@ impl Entry {
 pub struct BucketLayout {
     /// Trainable parameters first, then frozen ones.
     pub entries: Vec<Entry>,
-    /// The trainable ones lie below this element; a multiple of 16.
-    pub trainable_numel: usize,
     /// Elements with padding; a multiple of lanes × 64.
     pub numel: usize,
     /// Elements of a finest shard: numel / lanes. Every sum that must not depend on the world size is made per finest
@@ -46,21 +44,15 @@ impl BucketLayout {
     /// Lays out the parameters of `segment`.
     pub fn new(segment: &dyn Segment, lanes: usize) -> Self {
         let (trainable, frozen): (Vec<_>, Vec<_>) = segment.params().into_iter().partition(|spec| spec.trainable);
-        let mut next = 0;
-        let mut place = |specs: Vec<ParamSpec>| {
-            let place_one = |spec: ParamSpec| {
-                let offset = next;
-                next = (offset + spec.numel()).next_multiple_of(ALIGN_NUMEL);
-                Entry { name: format!("{}{}", segment.prefix(), spec.name), spec, offset }
-            };
-            let entries: Vec<Entry> = specs.into_iter().map(place_one).collect();
-            (entries, next)
+        let mut end: usize = 0;
+        let place = |spec: ParamSpec| {
+            let offset = end;
+            end = (offset + spec.numel()).next_multiple_of(ALIGN_NUMEL);
+            Entry { name: format!("{}{}", segment.prefix(), spec.name), spec, offset }
         };
-        let (mut entries, trainable_numel) = place(trainable);
-        let (frozen, end) = place(frozen);
-        entries.extend(frozen);
+        let entries: Vec<Entry> = trainable.into_iter().chain(frozen).map(place).collect();
         let numel = end.next_multiple_of(lanes * FINEST_ALIGN_NUMEL);
-        Self { entries, trainable_numel, numel, finest_numel: numel / lanes }
+        Self { entries, numel, finest_numel: numel / lanes }
     }
 
     /// The elements that the owner of a block of lanes owns.
@@ -68,12 +60,32 @@ impl BucketLayout {
         block.first * self.finest_numel..(block.first + block.len) * self.finest_numel
     }
 
-    /// The spans that the optimizer treats as one: each finest shard, cut where frozen parameters begin. They are the
-    /// same for every world size, and so is the arithmetic on them.
-    pub fn trainable_spans(&self, shard: Range<usize>) -> impl Iterator<Item = Range<usize>> + '_ {
-        let end = shard.end.min(self.trainable_numel);
-        let finest = self.finest_numel;
-        shard.step_by(finest).map(move |start| start..(start + finest).min(end)).filter(|span| span.start < span.end)
+    /// The spans that the optimizer treats as one, with their group: each finest shard of `shard`, cut where the group
+    /// of the parameters (`group_of`) changes and where frozen ones begin. They are the same for every world size, and so
+    /// is the arithmetic on them.
+    pub fn trainable_spans(
+        &self,
+        shard: Range<usize>,
+        group_of: impl Fn(&Entry) -> usize,
+    ) -> Vec<(usize, Range<usize>)> {
+        let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
+        for entry in self.entries.iter().filter(|entry| entry.spec.trainable) {
+            let group = group_of(entry);
+            if runs.last().is_none_or(|(last, _)| *last != group) {
+                runs.push((group, entry.offset..entry.offset));
+            }
+            // With its padding, which stays zero whatever the group.
+            if let Some((_, run)) = runs.last_mut() {
+                run.end = entry.range().end.next_multiple_of(ALIGN_NUMEL);
+            }
+        }
+        let cut = |finest: Range<usize>| {
+            let overlap = move |(group, run): &(usize, Range<usize>)| {
+                (*group, run.start.max(finest.start)..run.end.min(finest.end))
+            };
+            runs.iter().map(overlap).filter(|(_, span)| span.start < span.end)
+        };
+        shard.step_by(self.finest_numel).flat_map(|start| cut(start..start + self.finest_numel)).collect()
     }
 }
 
@@ -89,8 +101,8 @@ pub struct Bucket {
     pub exp_avg: Tensor,
     /// AdamW's second moment, [shard].
     pub exp_avg_sq: Tensor,
-    /// Exponential moving average of the weights, [shard].
-    pub ema: Tensor,
+    /// The moving averages of the weights, each [shard]; the main one first.
+    pub averages: Vec<Tensor>,
     /// Views of `params` by name, leaves of the autograd graph.
     pub weights: Weights,
     /// The trainable views, in layout order.
@@ -98,7 +110,7 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    fn new(segment: &dyn Segment, layout: BucketLayout, shard: Range<usize>, device: Device) -> Self {
+    fn new(segment: &dyn Segment, layout: BucketLayout, shard: Range<usize>, averages: usize, device: Device) -> Self {
         let zeros = |numel: usize| Tensor::zeros([numel as i64], (Kind::Float, device));
         let params = zeros(layout.numel);
         let view = |entry: &Entry| view_of(&params, entry).set_requires_grad(entry.spec.trainable);
@@ -110,7 +122,7 @@ impl Bucket {
             weights: Weights::new(layout.entries.iter().map(local_name).zip(views)),
             exp_avg: zeros(shard.len()),
             exp_avg_sq: zeros(shard.len()),
-            ema: zeros(shard.len()),
+            averages: (0..averages).map(|_| zeros(shard.len())).collect(),
             params,
             shard,
             layout,
@@ -120,6 +132,12 @@ impl Bucket {
     /// This rank's shard of the weights, a view.
     pub fn params_shard(&self) -> Tensor {
         slice(&self.params, &self.shard)
+    }
+
+    /// Starts every average as a copy of the weights.
+    pub fn copy_to_averages(&self) {
+        let weights = self.params_shard();
+        tch::no_grad(|| self.averages.iter().for_each(|average| average.shallow_clone().copy_(&weights)));
     }
 }
 
@@ -137,27 +155,34 @@ pub fn view_of(flat: &Tensor, entry: &Entry) -> Tensor {
 pub struct Buckets(pub Vec<Bucket>);
 
 impl Buckets {
-    /// Freshly initialised weights; the EMA is a copy of them (DiT), the moments are zero.
-    pub fn initialise(model: &dyn Model, lanes: usize, block: LaneBlock, seed: u64, device: Device) -> Self {
-        let buckets = Self::zeroed(model, lanes, block, device);
+    /// Freshly initialised weights; the averages are copies of them (DiT), the moments are zero.
+    pub fn initialise(
+        model: &dyn Model,
+        lanes: usize,
+        block: LaneBlock,
+        averages: usize,
+        seed: u64,
+        device: Device,
+    ) -> Self {
+        let buckets = Self::zeroed(model, lanes, block, averages, device);
         tch::no_grad(|| {
             for bucket in &buckets.0 {
                 for entry in bucket.layout.entries.iter().filter(|entry| entry.spec.init != Init::Zeros) {
                     let values = initial_values(seed, &entry.name, &entry.spec.init, entry.spec.numel());
                     slice(&bucket.params, &entry.range()).copy_(&Tensor::from_slice(&values));
                 }
-                bucket.ema.shallow_clone().copy_(&bucket.params_shard());
+                bucket.copy_to_averages();
             }
         });
         buckets
     }
 
-    /// Everything zero, to be filled from a checkpoint.
-    pub fn zeroed(model: &dyn Model, lanes: usize, block: LaneBlock, device: Device) -> Self {
+    /// Everything zero, with room for that many averages, to be filled from a checkpoint.
+    pub fn zeroed(model: &dyn Model, lanes: usize, block: LaneBlock, averages: usize, device: Device) -> Self {
         let bucket = |segment: &dyn Segment| {
             let layout = BucketLayout::new(segment, lanes);
             let shard = layout.shard(block);
-            Bucket::new(segment, layout, shard, device)
+            Bucket::new(segment, layout, shard, averages, device)
         };
         Self(model.segments().iter().map(|segment| bucket(&**segment)).collect())
     }
@@ -171,41 +196,40 @@ impl Buckets {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Model, dit};
+    use crate::model::Model;
+    use crate::model::testing::tiny_dit;
 
     #[test]
-    fn layouts_are_aligned_and_shards_cover_every_element_once_for_every_world_size() {
-        let config = dit::DitConfig {
-            input_size: 8,
-            in_channels: 4,
-            patch_size: 2,
-            hidden_size: 36,
-            depth: 1,
-            num_heads: 3,
-            mlp_ratio: 4.0,
-            class_dropout_prob: 0.1,
-            num_classes: 7,
-            learn_sigma: true,
-            conditioning: Default::default(),
-            numerics: Default::default(),
-        };
-        let model = dit::Dit::new(config).unwrap();
+    fn layouts_are_aligned_and_spans_cover_every_element_once_for_every_world_size_and_grouping() {
+        let groupings: [fn(&Entry) -> usize; 2] = [|_| 0, |entry| entry.name.ends_with(".bias").into()];
+        let model = tiny_dit();
         for lanes in [1, 2, 8] {
             for segment in model.segments() {
                 let layout = BucketLayout::new(&**segment, lanes);
                 assert_eq!(layout.numel % (lanes * 64), 0);
                 assert!(layout.entries.windows(2).all(|w| w[0].range().end <= w[1].offset));
                 assert!(layout.entries.iter().all(|e| e.offset % 16 == 0 && e.range().end <= layout.numel));
-                let all_spans: Vec<_> = layout.trainable_spans(0..layout.numel).collect();
-                for world_size in configs::lanes::allowed_world_sizes(lanes) {
-                    let block = |rank| LaneBlock::of(rank, world_size, lanes).unwrap();
-                    let shards: Vec<_> = (0..world_size).map(|rank| layout.shard(block(rank))).collect();
-                    assert_eq!((shards[0].start, shards[world_size - 1].end), (0, layout.numel));
-                    assert!(shards.windows(2).all(|w| w[0].end == w[1].start));
-                    let spans: Vec<_> = shards.into_iter().flat_map(|s| layout.trainable_spans(s)).collect();
-                    assert_eq!(spans, all_spans, "{lanes} lanes on {world_size} ranks");
+                for group_of in groupings {
+                    let all_spans = layout.trainable_spans(0..layout.numel, group_of);
+                    let covered: usize = all_spans.iter().map(|(_, span)| span.len()).sum();
+                    let trainable = layout.entries.iter().filter(|entry| entry.spec.trainable);
+                    let padded = trainable.map(|entry| entry.spec.numel().next_multiple_of(16));
+                    assert_eq!(covered, padded.sum::<usize>());
+                    for (group, span) in &all_spans {
+                        let touched =
+                            layout.entries.iter().filter(|e| e.offset < span.end && e.range().end > span.start);
+                        assert!(touched.into_iter().all(|entry| group_of(entry) == *group), "{span:?}");
+                        assert!(span.start % 16 == 0 && span.len() <= layout.finest_numel);
+                    }
+                    for world_size in configs::lanes::allowed_world_sizes(lanes) {
+                        let block = |rank| LaneBlock::of(rank, world_size, lanes).unwrap();
+                        let shards: Vec<_> = (0..world_size).map(|rank| layout.shard(block(rank))).collect();
+                        assert_eq!((shards[0].start, shards[world_size - 1].end), (0, layout.numel));
+                        assert!(shards.windows(2).all(|w| w[0].end == w[1].start));
+                        let spans = shards.into_iter().flat_map(|shard| layout.trainable_spans(shard, group_of));
+                        assert_eq!(spans.collect::<Vec<_>>(), all_spans, "{lanes} lanes on {world_size} ranks");
+                    }
                 }
-                assert_eq!(all_spans.iter().map(Range::len).sum::<usize>(), layout.trainable_numel);
             }
         }
     }

@@ -2,11 +2,13 @@
 
 pub mod bucket;
 pub mod grid;
+pub mod groups;
 pub mod optimizer;
 pub mod rank;
 pub mod reducer;
 pub mod run;
 pub mod saver;
+pub mod snapshot;
 pub mod step;
 pub mod stepper;
 pub mod stop;

@@ -2,11 +2,12 @@
 
 use super::bucket::Buckets;
 use super::grid::SampleGrid;
-use super::optimizer::{LrDecay, LrSchedule, Optimizer};
-use super::saver::{Saver, restore};
+use super::optimizer::Optimizer;
+use super::saver::Saver;
+use super::snapshot::restore;
 use super::stepper::{Experiment, Stepper};
 use super::stop::StopFlag;
-use crate::ffi::{self, AdamW};
+use crate::ffi;
 use crate::recipe::Recipe;
 use crate::telemetry::Journal;
 use anyhow::{Context, Result, bail};
@@ -81,21 +82,24 @@ impl Rank {
         let record = recipe.record(&config);
         compare_records(&*collective, &record)?;
         let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
+        let mut optimizer = agree(&*collective, Optimizer::of_config(&config, &*model).map_err(Into::into))?;
         let grid = agree(&*collective, SampleGrid::from_config(&config, &recipe, model.clone(), device))?;
         let Start { manifest, attempt } = decide_start(&config, &record, &*collective, &store)?;
         let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
 
         let lanes = config.train.lanes;
+        let averages = optimizer.averages.len();
         let buckets = match &manifest {
-            None => Ok(Buckets::initialise(&*model, lanes, block, config.seed, device)),
+            None => Ok(Buckets::initialise(&*model, lanes, block, averages, config.seed, device)),
             Some(manifest) => {
-                let buckets = Buckets::zeroed(&*model, lanes, block, device);
-                restore(&store, manifest, &buckets).map(|()| buckets)
+                optimizer.updates = manifest.optimizer_step;
+                let buckets = Buckets::zeroed(&*model, lanes, block, averages, device);
+                restore(&store, manifest, &buckets, &optimizer.averages).map(|()| buckets)
             }
         };
         let buckets = agree(&*collective, buckets)?;
         let experiment = Experiment { seed: config.seed, lanes, block, device };
-        let (objective, optimizer) = (recipe.build_objective(), build_optimizer(&config));
+        let objective = recipe.build_objective();
         let mut stepper = Stepper::new(model, objective, buckets, optimizer, collective.clone(), experiment);
         if manifest.is_some() {
             stepper.gather_weights()?;
@@ -233,25 +237,6 @@ fn find_start(config: &RunConfig, record: &Value, world_size: usize, store: &Run
     let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
     let info = AttemptInfo { resumed_from, world_size, ..Default::default() };
     Ok(Start { attempt: store.claim_attempt(&info).context("claiming an attempt")?, manifest })
-}
-
-fn build_optimizer(config: &RunConfig) -> Optimizer {
-    let o = &config.optimizer;
-    Optimizer {
-        hyper: AdamW { lr: o.lr, beta1: o.betas[0], beta2: o.betas[1], eps: o.eps, weight_decay: o.weight_decay },
-        ema_decay: config.ema.decay,
-        schedule: LrSchedule {
-            lr: o.lr,
-            final_lr: o.final_lr,
-            warmup_steps: o.warmup_steps,
-            total_steps: config.train.steps,
-            decay: match o.decay {
-                configs::Decay::Constant => LrDecay::Constant,
-                configs::Decay::Cosine => LrDecay::Cosine,
-                configs::Decay::Linear => LrDecay::Linear,
-            },
-        },
-    }
 }
 
 /// This rank's micro-batches from after step `done` on, and the steps of an epoch.

@@ -57,7 +57,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         }
         if due(rank.config.checkpoint.every_steps) || stop {
             rank.stepper.wait_for_all_weights()?;
-            let saved = rank.saver.save(step, &rank.stepper.buckets, &rank.record)?;
+            let saved = rank.saver.save(step, &rank.stepper, &rank.record)?;
             rank.announce(saved)?;
         }
         if stop && step < steps {

@@ -1,15 +1,15 @@
 //! Checkpoints while the run goes on: the step loop pays for a copy, a thread of each rank uploads, and when all ranks
 //! have uploaded, rank 0 commits.
 
-use super::bucket::{Bucket, Buckets, Entry};
-use anyhow::{Context, Result, anyhow, bail};
-use checkpoint::{Commit, F32Bytes, Manifest, ReadInto, Retention, RunStore, ShardId, ShardRecord, Slice};
+use super::snapshot::Snapshot;
+use super::stepper::Stepper;
+use anyhow::{Context, Result, anyhow};
+use checkpoint::{Commit, Manifest, Retention, RunStore, ShardId, ShardRecord};
 use collective::Collective;
 use serde_json::Value;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
-use tch::Tensor;
 
 /// Bit of a rank's step signal: its shard of the checkpoint under way is uploaded (or has failed to).
 pub const UPLOADED: u32 = 2;
@@ -31,6 +31,7 @@ enum State {
     Idle,
     Uploading {
         step: u64,
+        optimizer_step: u64,
         result: Receiver<Result<ShardRecord>>,
         done: Option<Result<ShardRecord>>,
     },
@@ -115,14 +116,15 @@ impl Saver {
     ///
     /// # Errors
     /// As [`Saver::finish`].
-    pub fn save(&mut self, step: u64, buckets: &Buckets, config: &Value) -> Result<Option<Saved>> {
+    pub fn save(&mut self, step: u64, stepper: &Stepper, config: &Value) -> Result<Option<Saved>> {
         let earlier = self.finish(config)?;
-        let snapshot = Snapshot::of(buckets)?;
+        let snapshot = Snapshot::of(&stepper.buckets, &stepper.optimizer.averages)?;
         let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
         let (sender, result) = channel();
         let id = ShardId { attempt: self.attempt, step, rank, world_size };
         self.submit(Job::Upload { id, snapshot, result: sender })?;
-        (self.step, self.state) = (step, State::Uploading { step, result, done: None });
+        let optimizer_step = stepper.optimizer.updates;
+        (self.step, self.state) = (step, State::Uploading { step, optimizer_step, result, done: None });
         Ok(earlier)
     }
 
@@ -157,7 +159,8 @@ impl Saver {
 
     /// Gathers all ranks' shard records; rank 0 goes on to commit.
     fn collect(&mut self, config: &Value) -> Result<()> {
-        let State::Uploading { step, done, .. } = std::mem::replace(&mut self.state, State::Idle) else {
+        let State::Uploading { step, optimizer_step, done, .. } = std::mem::replace(&mut self.state, State::Idle)
+        else {
             return Ok(());
         };
         // A message is the record as JSON, or "!" and why there is none.
@@ -179,7 +182,7 @@ impl Saver {
             let commit = Commit {
                 attempt: self.attempt,
                 step,
-                optimizer_step: step,
+                optimizer_step,
                 config: config.clone(),
                 decision_log: Value::Array(Vec::new()),
                 metrics: Default::default(),
@@ -238,103 +241,4 @@ fn work(store: &RunStore, keep_last: usize, queue: Receiver<Job>) {
             }
         }
     }
-}
-
-/// A copy of this rank's shards in host memory.
-struct Snapshot(Vec<Piece>);
-
-/// The owned elements of one section of one bucket.
-struct Piece {
-    values: Arc<Vec<f32>>,
-    entries: Vec<SnapshotEntry>,
-}
-
-struct SnapshotEntry {
-    name: String,
-    shape: Vec<usize>,
-    start_numel: usize,
-    range: std::ops::Range<usize>,
-}
-
-/// The sections of a checkpoint: prefix, which tensor of a bucket (its owned shard), trainable parameters only.
-type Section = (&'static str, fn(&Bucket) -> Tensor, bool);
-const SECTIONS: [Section; 4] = [
-    ("model/", Bucket::params_shard, false),
-    ("ema/", |bucket| bucket.ema.shallow_clone(), false),
-    ("adamw/exp_avg/", |bucket| bucket.exp_avg.shallow_clone(), true),
-    ("adamw/exp_avg_sq/", |bucket| bucket.exp_avg_sq.shallow_clone(), true),
-];
-
-/// The entries of a bucket that this rank owns elements of, in one section.
-fn owned_entries(bucket: &Bucket, prefix: &str, trainable_only: bool) -> Vec<SnapshotEntry> {
-    let shard = &bucket.shard;
-    let owned = |entry: &Entry| {
-        let (whole, first) = (entry.range(), entry.range().start.max(shard.start));
-        let end = whole.end.min(shard.end);
-        (first < end && (entry.spec.trainable || !trainable_only)).then(|| SnapshotEntry {
-            name: format!("{prefix}{}", entry.name),
-            shape: entry.spec.shape.iter().map(|&side| side as usize).collect(),
-            start_numel: first - whole.start,
-            range: first - shard.start..end - shard.start,
-        })
-    };
-    bucket.layout.entries.iter().filter_map(owned).collect()
-}
-
-impl Snapshot {
-    fn of(buckets: &Buckets) -> Result<Self> {
-        let mut pieces = Vec::with_capacity(buckets.0.len() * SECTIONS.len());
-        for bucket in &buckets.0 {
-            for (prefix, tensor, trainable_only) in SECTIONS {
-                let values = Vec::<f32>::try_from(tensor(bucket)).context("copying a shard for a checkpoint")?;
-                pieces.push(Piece { values: Arc::new(values), entries: owned_entries(bucket, prefix, trainable_only) });
-            }
-        }
-        Ok(Self(pieces))
-    }
-
-    fn slices(&self) -> Vec<Slice<'_>> {
-        let mut slices = Vec::new();
-        for piece in &self.0 {
-            slices.extend(piece.entries.iter().map(|entry| Slice {
-                name: &entry.name,
-                shape: &entry.shape,
-                start_numel: entry.start_numel,
-                data: F32Bytes::shared(&piece.values, entry.range.clone()),
-            }));
-        }
-        slices
-    }
-}
-
-/// Fills this rank's shards from a checkpoint of any world size. The other ranks' weights are not read: gather them.
-///
-/// # Errors
-/// A damaged or missing object, or a tensor of another name or shape than the model's.
-pub fn restore(store: &RunStore, manifest: &Manifest, buckets: &Buckets) -> Result<()> {
-    let reader = store.read(manifest);
-    for bucket in &buckets.0 {
-        for (prefix, tensor, trainable_only) in SECTIONS {
-            let target = tensor(bucket);
-            let mut values = vec![0f32; bucket.shard.len()];
-            let entries = owned_entries(bucket, prefix, trainable_only);
-            let mut requests = Vec::with_capacity(entries.len());
-            // Entries ascend, so the shard can be cut into one output an entry; padding in between stays zero.
-            let (mut rest, mut position) = (&mut values[..], 0);
-            for entry in &entries {
-                let found = reader.shape(&entry.name);
-                if found != Some(&entry.shape[..]) {
-                    let (step, name) = (manifest.step, &entry.name);
-                    bail!("checkpoint of step {step}: `{name}` has shape {found:?}; expected {:?}", entry.shape);
-                }
-                let (_, from_entry) = rest.split_at_mut(entry.range.start - position);
-                let (out, after) = from_entry.split_at_mut(entry.range.len());
-                requests.push(ReadInto { name: &entry.name, start_numel: entry.start_numel, out });
-                (rest, position) = (after, entry.range.end);
-            }
-            reader.read_into(&mut requests)?;
-            tch::no_grad(|| target.shallow_clone().copy_(&Tensor::from_slice(&values)));
-        }
-    }
-    Ok(())
 }

@@ -37,7 +37,8 @@ impl Stepper {
         let grads = self.reducer.finish(&*self.collective);
         let grads = self.wire(step, "reduce", grads)?;
         let report = self.agree(step, &losses, &grads, data_wait, signal)?;
-        self.torch(step, "update", self.optimizer.update(&self.buckets.0, &grads, step))?;
+        let updated = self.optimizer.update(&self.buckets.0, &grads, step, report.grad_norm);
+        self.torch(step, "update", updated)?;
         let gathering = self.gather_weights();
         self.wire(step, "update", gathering)?;
         Ok(report)

@@ -55,7 +55,7 @@ pub struct StepReport {
     pub loss: f64,
     /// Means of the loss's parts.
     pub parts: Vec<(&'static str, f64)>,
-    /// Norm of the mean gradient.
+    /// Norm of the mean gradient, before it is clipped.
     pub grad_norm: f64,
     /// Learning rate that was used.
     pub lr: f64,
@@ -225,19 +225,28 @@ impl Stepper {
         (0..self.gathers.len()).try_for_each(|index| self.wait_for_weights(index))
     }
 
-    /// The whole EMA on every rank, for sampling. All ranks call it together.
+    /// The whole main EMA on every rank, as [`Stepper::gather_average`].
     ///
     /// # Errors
     /// What the collective reports.
     pub fn gather_ema(&self) -> Result<WeightSet, CollectiveError> {
+        self.gather_average(0)
+    }
+
+    /// A whole moving average on every rank, for sampling; `index` counts the optimizer's averages. All ranks call it
+    /// together.
+    ///
+    /// # Errors
+    /// What the collective reports.
+    pub fn gather_average(&self, index: usize) -> Result<WeightSet, CollectiveError> {
         let mut named = HashMap::new();
         for bucket in &self.buckets.0 {
             let whole = Tensor::zeros([bucket.layout.numel as i64], (Kind::Float, self.experiment.device));
             if self.collective.world_size() > 1 {
-                let gather = self.collective.all_gather(Some(region(&bucket.ema)), region(&whole))?;
+                let gather = self.collective.all_gather(Some(region(&bucket.averages[index])), region(&whole))?;
                 gather.wait(self.collective.deadline())?;
             } else {
-                whole.shallow_clone().copy_(&bucket.ema);
+                whole.shallow_clone().copy_(&bucket.averages[index]);
             }
             named.extend(bucket.layout.entries.iter().map(|entry| (entry.name.clone(), view_of(&whole, entry))));
         }
