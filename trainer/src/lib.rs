@@ -10,6 +10,7 @@ pub mod engine;
 pub mod ffi;
 pub mod images;
 pub mod interop;
+pub mod metrics;
 pub mod model;
 pub mod recipe;
 pub mod sampling;

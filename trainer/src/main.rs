@@ -19,6 +19,8 @@ enum Command {
     Encode(encode::EncodeArgs),
     /// Images from a checkpoint.
     Sample(commands::sample::SampleArgs),
+    /// FID, sFID, Inception Score, precision and recall of samples.
+    Evaluate(commands::evaluate::EvaluateArgs),
     /// SHA-256 of a checkpoint's values.
     Digest(commands::digest::DigestArgs),
     /// Times the training step on made-up latents.
@@ -30,6 +32,7 @@ fn main() {
         Command::Train(args) => commands::train::train(&args),
         Command::Encode(args) => encode::run(args).map(|()| 0),
         Command::Sample(args) => commands::sample::sample(&args).map(|()| 0),
+        Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
         Command::BenchStep(args) => commands::bench_step::bench_step(&args).map(|()| 0),
     };

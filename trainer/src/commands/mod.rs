@@ -2,6 +2,7 @@
 
 pub mod bench_step;
 pub mod digest;
+pub mod evaluate;
 pub mod sample;
 pub mod train;
 

@@ -31,8 +31,23 @@ impl FolderSource {
             let reason = format!("found {} entries but no class folder; expected DIR/CLASS/IMAGE.jpg", names.len());
             return Err(SourceError::open(root, reason));
         }
+        Ok(Self::of(root, classes.len(), files))
+    }
+
+    /// Lists all images below `root`, however deep; they are one class.
+    pub(super) fn unlabelled(root: &Path) -> Result<Self, SourceError> {
+        let mut files = Vec::new();
+        collect(root, "", 0, &mut files)?;
+        if files.is_empty() {
+            let reason = format!("holds no image ({})", IMAGE_EXTENSIONS.join(", "));
+            return Err(SourceError::open(root, reason));
+        }
+        Ok(Self::of(root, 1, files))
+    }
+
+    fn of(root: &Path, classes: usize, files: Vec<(String, i64)>) -> Self {
         let digest = digest_of(files.iter().map(|(path, _)| path.as_bytes()));
-        Ok(Self { root: root.into(), classes: classes.len(), files, digest })
+        Self { root: root.into(), classes, files, digest }
     }
 }
 
@@ -65,7 +80,7 @@ fn collect(root: &Path, below: &str, label: i64, files: &mut Vec<(String, i64)>)
     for name in sorted_entries(&folder)? {
         let path = folder.join(&name);
         let ending = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
-        let id = format!("{below}/{name}");
+        let id = if below.is_empty() { name } else { format!("{below}/{name}") };
         if path.is_dir() {
             collect(root, &id, label, files)?;
         } else if IMAGE_EXTENSIONS.contains(&ending.as_str()) {

@@ -21,7 +21,7 @@ use clap::{Args, ValueEnum};
 use data_loader::{Dtype, WriterOptions};
 use tch::Device;
 
-pub use source::{ImageSource, Sample, SourceError, open as open_source};
+pub use source::{ImageSource, Sample, SourceError, open as open_source, open_unlabelled};
 
 use crate::vae::AutoencoderKl;
 use part::{Loader, PartEncoder};

@@ -87,6 +87,14 @@ pub fn open(spec: &str) -> Result<Box<dyn ImageSource>, SourceError> {
     }
 }
 
+/// All images in a folder and those below it, in order of their paths, as one class.
+///
+/// # Errors
+/// A folder that cannot be listed or holds no image.
+pub fn open_unlabelled(folder: &Path) -> Result<Box<dyn ImageSource>, SourceError> {
+    Ok(Box::new(FolderSource::unlabelled(folder)?))
+}
+
 /// File name endings, in lower case, that are read as images.
 pub(super) const IMAGE_EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
 
