@@ -29,8 +29,4 @@ pub mod schema;
 
 pub use error::{ConfigError, Mistake};
 pub use resume::{KeyChange, changed_experiment_keys};
-pub use schema::{
-    CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
-    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, ParamGroup, Reduction,
-    RunConfig, RunLocation, SampleConfig, Sampler, Schedule, TimestepSampling, TrainConfig,
-};
+pub use schema::*;
