@@ -17,6 +17,8 @@ impl Display for Event {
             Event::Step { step, steps, .. } => write!(f, "step {step}/{steps}  {}", self.rates()),
             Event::Checkpoint { step, url, .. } => write!(f, "checkpoint: step {step} committed, {url}"),
             Event::Sample { step, path, .. } => write!(f, "samples: step {step}, {path}"),
+            Event::Sampling { images, total, .. } => write!(f, "sampling: {images}/{total} images  {}", self.rates()),
+            Event::Sampled { images, .. } => write!(f, "done: {images} images"),
             Event::Stop { step, reason, .. } => write!(f, "stop: at step {step}, {reason}"),
             Event::Done { step, .. } => write!(f, "done: step {step}"),
         }
@@ -24,11 +26,18 @@ impl Display for Event {
 }
 
 impl Event {
-    /// Loss and rates of a [`Event::Step`]; empty for other events.
+    /// Loss and rates of a [`Event::Step`], rates of an [`Event::Sampling`]; empty for other events.
     pub fn rates(&self) -> String {
-        let Event::Step { loss, images_per_s, data_wait_share, eta_s, .. } = self else { return String::new() };
-        let (wait, eta) = (100.0 * data_wait_share, duration(*eta_s));
-        format!("loss {loss:.4}  images/s {images_per_s:.0}  data-wait {wait:.1}%  eta {eta}")
+        match self {
+            Event::Step { loss, images_per_s, data_wait_share, eta_s, .. } => {
+                let (wait, eta) = (100.0 * data_wait_share, duration(*eta_s));
+                format!("loss {loss:.4}  images/s {images_per_s:.0}  data-wait {wait:.1}%  eta {eta}")
+            }
+            Event::Sampling { images_per_s, eta_s, .. } => {
+                format!("images/s {images_per_s:.1}  eta {}", duration(*eta_s))
+            }
+            _ => String::new(),
+        }
     }
 }
 

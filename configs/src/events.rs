@@ -82,6 +82,28 @@ pub enum Event {
         /// When.
         time: f64,
     },
+    /// Progress of `sample`, after every batch; the first one, of 0 images, says that the ranks are up.
+    Sampling {
+        /// Images done.
+        images: u64,
+        /// Images asked for.
+        total: u64,
+        /// All ranks together, since the start.
+        #[serde(deserialize_with = "nan_if_null")]
+        images_per_s: f64,
+        /// Seconds to the end at this rate.
+        #[serde(deserialize_with = "nan_if_null")]
+        eta_s: f64,
+        /// When.
+        time: f64,
+    },
+    /// All images of `sample` are drawn and written.
+    Sampled {
+        /// How many.
+        images: u64,
+        /// When.
+        time: f64,
+    },
     /// The ranks agreed to stop early, and have saved.
     Stop {
         /// Step at which they stopped.

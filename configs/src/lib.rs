@@ -11,6 +11,7 @@
 //! | [`location`] | paths and URLs: resolving, redaction |
 //! | [`lanes`] | which lanes a rank executes, which world sizes an experiment allows |
 //! | [`resume`] | which keys differ between two configs in a way that makes another experiment |
+//! | [`sampler`] | the samplers by name |
 //! | [`events`] | the JSON lines that a run writes |
 //! | [`exit`] | the exit codes of the programs |
 
@@ -25,8 +26,15 @@ mod overrides;
 pub mod presets;
 mod reader;
 pub mod resume;
+pub mod sampler;
 pub mod schema;
 
 pub use error::{ConfigError, Mistake};
 pub use resume::{KeyChange, changed_experiment_keys};
 pub use schema::*;
+pub use sampler::{GuidedChannels, Sampler};
+pub use schema::{
+    CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
+    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig,
+    RunLocation, SampleConfig, Schedule, TimestepSampling, TrainConfig,
+};

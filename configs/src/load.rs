@@ -8,6 +8,7 @@ use toml::Table;
 use crate::error::ConfigError;
 use crate::lanes::MAX_LANES;
 use crate::reader::Reader;
+use crate::sampler::{GuidedChannels, Sampler};
 use crate::schema::*;
 use crate::{location, overrides, presets};
 
@@ -112,9 +113,17 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
         sample: SampleConfig {
             every_steps: r.integer("sample.every_steps", 0..=ANY, 0),
             num: r.integer("sample.num", 1..=COUNT, 40) as usize,
-            sampler: r.choice("sample.sampler", &[("ddim", Sampler::Ddim), ("ddpm", Sampler::Ddpm)], Sampler::Ddim),
+            sampler: read_sampler(r),
             steps: r.integer("sample.steps", 1..=100_000, 50) as usize,
             cfg_scale: r.float("sample.cfg_scale", 0.0.., 1.5),
+            cfg_interval: r.float_pair("sample.cfg_interval", 0.0..=1.0, [0.0, 1.0]),
+            cfg_channels: r.choice(
+                "sample.cfg_channels",
+                &[("all", GuidedChannels::All), ("first-three", GuidedChannels::FirstThree)],
+                GuidedChannels::All,
+            ),
+            eta: r.float("sample.eta", 0.0..=1.0, 0.0),
+            clip_denoised: r.boolean("sample.clip_denoised", false),
             batch: r.integer("sample.batch", 1..=COUNT, 10) as usize,
             vae: read_folder(r, "sample.vae", base),
             seed: r.integer("sample.seed", 0..=ANY, 0),
@@ -184,6 +193,16 @@ fn read_model(r: &mut Reader) -> ModelConfig {
         input_size: r.optional_integer("model.input_size", 1..=65_536).map(|side| side as usize),
         in_channels: r.optional_integer("model.in_channels", 1..=65_536).map(|count| count as usize),
     }
+}
+
+fn read_sampler(r: &mut Reader) -> Option<Sampler> {
+    let name = r.optional_text("sample.sampler")?;
+    let sampler = Sampler::by_name(&name);
+    if sampler.is_none() {
+        let names: Vec<String> = Sampler::all().map(|sampler| format!("\"{sampler}\"")).collect();
+        r.refuse("sample.sampler", "is not one of the choices", format!("use {}", names.join(", ")));
+    }
+    sampler
 }
 
 fn read_preset(r: &mut Reader) -> Option<presets::Preset> {
@@ -290,6 +309,10 @@ fn check_sampling(r: &mut Reader, c: &RunConfig) {
             format!("is more than diffusion.timesteps = {timesteps}"),
             format!("use at most {timesteps}"),
         );
+    }
+    let [low, high] = c.sample.cfg_interval;
+    if r.sound(&["sample.cfg_interval"]) && low > high {
+        r.refuse("sample.cfg_interval", "ends before it begins", format!("use [{high:?}, {low:?}]"));
     }
     if c.sample.every_steps == 0 {
         return;

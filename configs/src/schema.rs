@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::sampler::{GuidedChannels, Sampler};
+
 /// Everything that a run needs to know.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RunConfig {
@@ -374,16 +376,6 @@ pub struct CheckpointConfig {
     pub on_damaged: OnDamaged,
 }
 
-/// `sample.sampler`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Sampler {
-    /// Deterministic, few steps.
-    Ddim,
-    /// Ancestral, respaced.
-    Ddpm,
-}
-
 /// `[sample]`
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SampleConfig {
@@ -391,12 +383,20 @@ pub struct SampleConfig {
     pub every_steps: u64,
     /// Images in a grid, at least 1.
     pub num: usize,
-    /// Which sampler.
-    pub sampler: Sampler,
-    /// Sampling steps, 1 to `diffusion.timesteps`.
+    /// Which sampler; `None`: [`Sampler::default_of_grids`].
+    pub sampler: Option<Sampler>,
+    /// Sampling steps, at least 1; in a Gaussian diffusion at most `diffusion.timesteps`.
     pub steps: usize,
     /// Classifier-free guidance scale, at least 0; 1 = no guidance. Other scales need `model.class_dropout_prob` above 0.
     pub cfg_scale: f64,
+    /// Noise levels, 0 (data) to 1 (noise), between which guidance acts, ends included; empty when both are equal.
+    pub cfg_interval: [f64; 2],
+    /// Output channels that guidance acts on.
+    pub cfg_channels: GuidedChannels,
+    /// Share of the ancestral noise in DDIM, 0 to 1.
+    pub eta: f64,
+    /// Clamp the predicted clean latent to −1..1 in the samplers of Gaussian diffusions.
+    pub clip_denoised: bool,
     /// Images that are drawn at once, at least 1.
     pub batch: usize,
     /// Absolute path of an AutoencoderKL folder in the diffusers layout.

@@ -31,6 +31,8 @@ pub enum Purpose {
     SampleStart = 9,
     /// The noise that a stochastic sampler adds; `counter` = the sample's number, `index` = loop step.
     SampleStep = 10,
+    /// The label of a sample, where labels are drawn; `counter` = the sample's number.
+    SampleLabel = 15,
 }
 
 /// The key of a stream of draws.

@@ -3,10 +3,11 @@
 use crate::bundle::{Bundle, BundleError, Result, Spec};
 use configs::lanes::LaneBlock;
 use tch::{Device, Tensor};
-use trainer::diffusion::{Respacing, Schedule, Tables};
+use trainer::diffusion::{Prediction, Respacing, Schedule, Tables};
 use trainer::engine::bucket::{Buckets, slice};
 use trainer::model::dit::{Conditioning, Dit, DitConfig};
 use trainer::model::{Model, WeightSet};
+use trainer::sampling::Chain;
 
 /// Timesteps of the schedule that all recorded models were trained on.
 const TIMESTEPS: usize = 1000;
@@ -111,9 +112,22 @@ pub fn schedule(name: &str) -> Result<Schedule> {
 /// # Errors
 /// An unknown schedule or an impossible respacing.
 pub fn respaced(schedule_name: &str, respacing: &str) -> Result<Tables> {
+    Ok(Tables::new(&schedule(schedule_name)?.betas(TIMESTEPS), &kept(respacing)?))
+}
+
+/// The timesteps that a respacing keeps.
+fn kept(respacing: &str) -> Result<Vec<usize>> {
     let kept = respacing.parse::<Respacing>().and_then(|respacing| respacing.kept(TIMESTEPS));
-    let kept = kept.map_err(|error| BundleError::Run(format!("respacing `{respacing}`: {error}")))?;
-    Ok(Tables::new(&schedule(schedule_name)?.betas(TIMESTEPS), &kept))
+    kept.map_err(|error| BundleError::Run(format!("respacing `{respacing}`: {error}")))
+}
+
+/// The chain of a schedule with a respacing.
+///
+/// # Errors
+/// As [`respaced`].
+pub fn chain(schedule_name: &str, respacing: &str, prediction: Prediction, clip_denoised: bool) -> Result<Chain> {
+    let betas = schedule(schedule_name)?.betas(TIMESTEPS);
+    Ok(Chain::new(&betas, &kept(respacing)?, prediction, clip_denoised))
 }
 
 /// The diffusion of a bundle: its `schedule` (linear when absent) and `respacing` (none when absent).

@@ -33,6 +33,7 @@ fn main() {
         Command::Encode(args) => encode::run(args).map(|()| 0),
         Command::Sample(args) => commands::sample::sample(&args).map(|()| 0),
         Command::Evaluate(args) => commands::evaluate::evaluate(&args),
+        Command::Sample(args) => commands::sample::sample(&args),
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
         Command::BenchStep(args) => commands::bench_step::bench_step(&args).map(|()| 0),
     };

@@ -6,9 +6,10 @@ use crate::dit;
 use crate::report::Report;
 use crate::tolerance::{Bound, Tolerance};
 use tch::Tensor;
+use trainer::diffusion::Prediction;
 use trainer::model::dit::Dit;
 use trainer::model::{Model, WeightSet, no_probe};
-use trainer::sampling::{Ddim, Ddpm, GuidedChannels, LoopStep, Sampler, forward_with_cfg, sample_loop};
+use trainer::sampling::{Ddim, Ddpm, GuidedChannels, ModelTime, Sampler, Step, forward_with_cfg};
 
 pub(super) const KIND: Kind = Kind {
     name: "sampling",
@@ -22,13 +23,13 @@ pub(super) const KIND: Kind = Kind {
 struct Variant {
     name: String,
     sampler: Box<dyn Sampler>,
-    respacing: String,
+    steps: usize,
     cfg_scale: Option<f64>,
     draws_noise: bool,
 }
 
 impl Variant {
-    fn parse(text: &str) -> Result<Self> {
+    fn parse(text: &str, schedule: &str) -> Result<Self> {
         let refuse = || BundleError::Key {
             key: "variants".to_owned(),
             found: text.to_owned(),
@@ -42,16 +43,18 @@ impl Variant {
             _ => return Err(refuse()),
         };
         let eta: f64 = eta.parse().map_err(|_| refuse())?;
+        let chain = dit::chain(schedule, respacing, Prediction::Eps, clip_denoised)?;
+        let steps = chain.tables.timesteps();
         let (sampler, draws_noise): (Box<dyn Sampler>, bool) = match sampler {
-            "p" => (Box::new(Ddpm { clip_denoised }), true),
-            "ddim" => (Box::new(Ddim { eta, clip_denoised }), eta != 0.0),
+            "p" => (Box::new(Ddpm { chain }), true),
+            "ddim" => (Box::new(Ddim { chain, eta }), eta != 0.0),
             _ => return Err(refuse()),
         };
         let cfg_scale = match scale {
             "none" => None,
             scale => Some(scale.parse().map_err(|_| refuse())?),
         };
-        Ok(Self { name: name.to_owned(), sampler, respacing: respacing.to_owned(), cfg_scale, draws_noise })
+        Ok(Self { name: name.to_owned(), sampler, steps, cfg_scale, draws_noise })
     }
 }
 
@@ -62,8 +65,9 @@ fn run(bundle: &Bundle, _: Option<&Bundle>, report: &mut Report) -> Result<()> {
     let z = dit::latents(bundle, "in/z", &model, -1)?;
     let y = dit::labels(bundle, "in/y", &model, z.size()[0])?;
     let variants = bundle.spec.parse::<String>("variants", "a list of variants")?;
+    let schedule = bundle.spec.text("schedule").unwrap_or_else(|| "linear".to_owned());
     for variant in variants.split(';').filter(|text| !text.trim().is_empty()) {
-        run_variant(bundle, &Variant::parse(variant)?, &model, &weights, &z, &y, report)?;
+        run_variant(bundle, &Variant::parse(variant, &schedule)?, &model, &weights, &z, &y, report)?;
     }
     Ok(())
 }
@@ -77,10 +81,7 @@ fn run_variant(
     y: &Tensor,
     report: &mut Report,
 ) -> Result<()> {
-    let name = &variant.name;
-    let schedule = bundle.spec.text("schedule").unwrap_or_else(|| "linear".to_owned());
-    let tables = dit::respaced(&schedule, &variant.respacing)?;
-    let steps = tables.timesteps();
+    let Variant { name, steps, .. } = variant;
     let n = z.size()[0];
     // With guidance: the chains of the conditions first, then those of the null label.
     let (start, labels) = match variant.cfg_scale {
@@ -96,25 +97,25 @@ fn run_variant(
     let noises = match variant.draws_noise {
         true => {
             let shape: Vec<i64> =
-                [steps as i64, rows].into_iter().chain(model.latent_shape().iter().copied()).collect();
+                [*steps as i64, rows].into_iter().chain(model.latent_shape().iter().copied()).collect();
             Some(bundle.floats(&format!("in/{name}/noises"), &shape)?)
         }
         false => None,
     };
-    let denoise = |x: &Tensor, t: &Tensor| match variant.cfg_scale {
-        None => weights.forward(model, x, t, &labels, &mut no_probe),
-        Some(scale) => forward_with_cfg(model, weights, x, t, &labels, scale, GuidedChannels::FirstThree),
+    let denoise = |x: &Tensor, time: &ModelTime| match variant.cfg_scale {
+        None => weights.forward(model, x, &time.t, &labels, &mut no_probe),
+        Some(scale) => forward_with_cfg(model, weights, x, &time.t, &labels, scale, GuidedChannels::FirstThree),
     };
-    let unused_noise = start.zeros_like();
-    let mut noise =
-        |step: usize| noises.as_ref().map_or_else(|| unused_noise.shallow_clone(), |all| all.get(step as i64));
+    let none = start.zeros_like();
+    let mut noise = |step: usize| noises.as_ref().map_or_else(|| none.shallow_clone(), |all| all.get(step as i64));
     let (mut x_steps, mut predictions, mut model_t) = (Vec::new(), Vec::new(), Vec::new());
-    let mut observe = |step: LoopStep| {
-        x_steps.push(step.x.shallow_clone());
-        predictions.push(step.pred_xstart.shallow_clone());
-        model_t.push(step.model_t);
+    let mut observe = |step: Step| {
+        x_steps.push(step.x.copy());
+        predictions.extend(step.pred_xstart.map(Tensor::copy));
+        model_t.push(step.t as i64);
     };
-    let last = sample_loop(&tables, &*variant.sampler, start, &denoise, &mut noise, &mut observe);
+    let last = variant.sampler.sample(start, &denoise, &mut noise, &mut observe);
+    let last = last.map_err(|error| BundleError::Run(format!("variant `{name}`: {error}")))?;
 
     report.compare(&format!("out/{name}/model_t"), &Tensor::from_slice(&model_t));
     for (output, found) in [("x_steps", &x_steps), ("pred_xstart_steps", &predictions)] {
@@ -126,7 +127,7 @@ fn run_variant(
 
 /// Compares `[steps, n or 2n, C, H, W]`. With guidance the second half never enters the model and drifts away: it is
 /// held to the same bound, but relative to its own size.
-fn compare_trajectory(name: &str, found: &Tensor, n: i64, report: &mut Report) {
+pub(super) fn compare_trajectory(name: &str, found: &Tensor, n: i64, report: &mut Report) {
     let Some((expected, tolerance)) = report.reference(name, &found.size()) else { return };
     let half = |tensor: &Tensor, first: i64| tensor.narrow(1, first, n);
     report.within(name, name, &half(found, 0), &half(&expected, 0), tolerance);

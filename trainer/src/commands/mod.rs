@@ -3,6 +3,7 @@
 pub mod bench_step;
 pub mod digest;
 pub mod evaluate;
+pub mod ranks;
 pub mod sample;
 pub mod train;
 

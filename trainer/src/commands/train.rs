@@ -1,6 +1,8 @@
 //! `trainer train`: one rank of a run, started by the launcher.
 
-use crate::engine::rank::{Agreed, Rank};
+use super::ranks::{conclude, end_with_parent};
+use crate::engine::agree::Agreed;
+use crate::engine::rank::Rank;
 use crate::engine::run::{Outcome, run};
 use crate::engine::saver::SaveFailed;
 use crate::engine::stepper::StepError;
@@ -27,7 +29,6 @@ pub struct TrainArgs {
 /// # Errors
 /// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
 pub fn train(args: &TrainArgs) -> Result<i32> {
-    // A rank whose launcher is gone must not go on: the kernel ends it together with its parent.
     end_with_parent();
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let collective = collective::from_environment(Duration::from_secs(config.collective.timeout_s))?;
@@ -36,18 +37,7 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
     match outcome {
         Ok(Outcome::Done) => Ok(exit::OK),
         Ok(Outcome::Stopped) => Ok(exit::RESUMABLE),
-        // Every rank has this very error: one speaks, and each can end by itself.
-        Err(error) if is_agreed(&error) => {
-            if collective.rank() == 0 {
-                eprintln!("trainer: error: {error:#}");
-            }
-            Ok(exit::FAILED)
-        }
-        // The other ranks may be waiting for this one.
-        Err(error) => {
-            eprintln!("trainer: error: rank {}: {error:#}", collective.rank());
-            collective.abort(exit::FAILED)
-        }
+        Err(error) => Ok(conclude(&*collective, &error, is_agreed(&error))),
     }
 }
 
@@ -56,9 +46,4 @@ fn is_agreed(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(StepError::NonFinite { .. }))
         || error.is::<SaveFailed>()
         || error.is::<Agreed>()
-}
-
-fn end_with_parent() {
-    // SAFETY: prctl with these arguments only sets a flag of this process.
-    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
 }

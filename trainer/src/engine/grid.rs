@@ -2,19 +2,23 @@
 //! nobody waits long.
 
 use super::rank::Rank;
+use super::share::share_out;
+use crate::diffusion::Process;
 use crate::images::{Grid, ImageBatch};
 use crate::model::Model;
 use crate::recipe::Recipe;
-use crate::sampling::{Generator, GuidedChannels, SamplerKind, SamplingOptions};
+use crate::sampling::{Generator, Guidance, SamplerKind, SamplerOptions, SamplingOptions};
 use crate::vae::AutoencoderKl;
 use anyhow::{Context, Result};
 use configs::RunConfig;
 use configs::events::{Event, now};
 use std::sync::Arc;
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 /// Draws the same grid again and again as the weights change.
 pub struct SampleGrid {
+    model: Arc<dyn Model>,
+    device: Device,
     generator: Generator,
     vae: AutoencoderKl,
     labels: Vec<i64>,
@@ -38,20 +42,26 @@ impl SampleGrid {
         if let Some(warning) = recipe.check_vae(&vae).context("`sample.vae`")? {
             eprintln!("trainer: warning: `sample.vae`: {warning}");
         }
+        let process = recipe.process();
+        let is_flow = matches!(process, Process::Flow);
+        let kind = sample.sampler.unwrap_or(SamplerKind::default_of_grids(is_flow));
         let options = SamplingOptions {
-            kind: match sample.sampler {
-                configs::Sampler::Ddim => SamplerKind::Ddim,
-                configs::Sampler::Ddpm => SamplerKind::Ddpm,
+            sampler: SamplerOptions {
+                eta: sample.eta,
+                clip_denoised: sample.clip_denoised,
+                ..SamplerOptions::new(kind, sample.steps)
             },
-            steps: sample.steps,
-            cfg_scale: sample.cfg_scale,
-            channels: GuidedChannels::All,
+            guidance: Guidance {
+                scale: sample.cfg_scale,
+                channels: sample.cfg_channels,
+                interval: sample.cfg_interval,
+            },
             seed: sample.seed,
         };
-        let generator = Generator::new(model, &recipe.process(), options, device)?;
+        let generator = Generator::new(model.clone(), &process, options, device).context("`sample.sampler`")?;
         let classes = recipe.model.num_classes;
         let labels = (0..sample.num as i64).map(|number| number % classes).collect();
-        Ok(Some(Self { generator, vae, labels, batch: sample.batch }))
+        Ok(Some(Self { model, device, generator, vae, labels, batch: sample.batch }))
     }
 
     /// Draws the grid of `step` on all ranks together; rank 0 keeps and shows it.
@@ -60,33 +70,26 @@ impl SampleGrid {
     /// What the collective, the VAE or the journal reports.
     pub fn draw(&self, rank: &mut Rank, step: u64) -> Result<()> {
         let weights = rank.stepper.gather_ema()?;
-        let (mine, world_size) = (rank.collective.rank(), rank.collective.world_size());
         let scaling_factor = rank.recipe.dataset.scaling_factor;
-        let mut pixels = Vec::new();
-        let mut size = [0; 3];
-        for (number, labels) in self.labels.chunks(self.batch).enumerate().skip(mine).step_by(world_size) {
+        let mut draw = |number: usize| {
+            let labels = &self.labels[number * self.batch..self.labels.len().min((number + 1) * self.batch)];
             let first = (number * self.batch) as u64;
-            let latents = self.generator.latents(&weights, first, labels) / scaling_factor;
-            let images = ImageBatch::from_tensor(&self.vae.decode(&latents)?)?;
-            size = [images.channels, images.height, images.width];
-            pixels.extend(images.pixels);
-        }
-        let all = rank.collective.gather_bytes(&pixels)?;
-        if mine != 0 {
-            return Ok(());
-        }
-        // Rank 0 drew the first batch, so it knows the size; batches come back in the order in which they were dealt.
-        let [channels, height, width] = size;
-        let mut rest: Vec<&[u8]> = all.iter().map(Vec::as_slice).collect();
-        let mut in_order = Vec::with_capacity(self.labels.len() * channels * height * width);
-        for (number, labels) in self.labels.chunks(self.batch).enumerate() {
-            let of_rank = &mut rest[number % world_size];
-            let split = of_rank.split_at_checked(labels.len() * channels * height * width);
-            let (batch, after) = split.context("a rank sent fewer sample images than it was dealt")?;
-            in_order.extend_from_slice(batch);
-            *of_rank = after;
-        }
-        let images = ImageBatch::new([self.labels.len(), channels, height, width], in_order)?;
+            // A picture that cannot be drawn must not end the run.
+            let latents = self.generator.latents(&weights, first, labels).unwrap_or_else(|error| {
+                eprintln!("trainer: warning: sample grid of step {step}: {error}; gray images in its place");
+                let shape = [&[labels.len() as i64], self.model.latent_shape()].concat();
+                Tensor::zeros(shape, (Kind::Float, self.device))
+            });
+            let latents = latents / scaling_factor;
+            Ok(ImageBatch::from_tensor(&self.vae.decode(&latents)?)?)
+        };
+        let mut all: Option<ImageBatch> = None;
+        let mut take = |batch: ImageBatch| match &mut all {
+            None => Ok(all = Some(batch)),
+            Some(all) => Ok(all.append(batch)?),
+        };
+        share_out(&*rank.collective, self.labels.len().div_ceil(self.batch), &mut draw, &mut take)?;
+        let Some(images) = all else { return Ok(()) };
         let columns = (rank.recipe.model.num_classes as usize).clamp(1, 10);
         let grid = Grid::new(&images, columns, 2)?;
         if let Some(journal) = &mut rank.journal {

@@ -1,5 +1,6 @@
 //! The training engine of one rank: buckets, lanes, the step, and what surrounds it.
 
+pub mod agree;
 pub mod bucket;
 pub mod grid;
 pub mod groups;
@@ -9,6 +10,7 @@ pub mod reducer;
 pub mod run;
 pub mod saver;
 pub mod snapshot;
+pub mod share;
 pub mod step;
 pub mod stepper;
 pub mod stop;

@@ -1,5 +1,6 @@
 //! Sets up one rank: the only place of construction order.
 
+use super::agree::{Agreed, agree};
 use super::bucket::Buckets;
 use super::grid::SampleGrid;
 use super::optimizer::Optimizer;
@@ -145,24 +146,6 @@ impl Prepared {
         let recipe = Recipe::resolve(config, &dataset, scaling_factor)?;
         let store = RunStore::open(&config.run.url).context("`run.url`")?;
         Ok(Self { recipe, device, dataset: Arc::new(dataset), block, store })
-    }
-}
-
-/// A failure that all ranks have learnt of together; it begins with the rank whose it is.
-#[derive(Debug, thiserror::Error)]
-#[error("rank {rank}: {reason}")]
-pub struct Agreed {
-    rank: usize,
-    reason: String,
-}
-
-/// Lets all ranks learn whether each of them succeeded; the first failure becomes the error of all.
-fn agree<T>(collective: &dyn Collective, mine: Result<T>) -> Result<T> {
-    let message = mine.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
-    let all = collective.gather_bytes(message.as_bytes()).context("agreeing on the start")?;
-    match all.iter().position(|message| !message.is_empty()) {
-        None => mine,
-        Some(rank) => Err(Agreed { rank, reason: String::from_utf8_lossy(&all[rank]).into_owned() }.into()),
     }
 }
 

@@ -60,6 +60,27 @@ impl ImageBatch {
         Self::new([count, channels, height, width].map(|n| n as usize), pixels)
     }
 
+    /// Appends the images of `other`.
+    ///
+    /// # Errors
+    /// When they are of another size.
+    pub fn append(&mut self, other: ImageBatch) -> Result<(), ImageError> {
+        let [found, expected] = [&other, &*self].map(|batch| [batch.channels, batch.height, batch.width]);
+        if found != expected {
+            let reason = format!("images of shape {found:?} after images of shape {expected:?}");
+            return Err(ImageError::Shape { call: "image batch", reason });
+        }
+        self.count += other.count;
+        self.pixels.extend(other.pixels);
+        Ok(())
+    }
+
+    /// Keeps the first `count` images.
+    pub fn truncate(&mut self, count: usize) {
+        self.count = self.count.min(count);
+        self.pixels.truncate(self.count * self.channels * self.height * self.width);
+    }
+
     /// Copies image `index` pixel-interleaved (`[height, width, out_channels]`) with the row stride of `out`, in pixels;
     /// a gray image fills all `out_channels`.
     pub(super) fn copy_interleaved(&self, index: usize, out: &mut [u8], out_stride: usize, out_channels: usize) {

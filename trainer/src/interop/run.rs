@@ -15,12 +15,7 @@ pub fn local_file(location: &str) -> Option<PathBuf> {
 /// # Errors
 /// No such run or checkpoint, or it is damaged.
 pub fn open(url: &str) -> Result<(RunStore, Manifest), InteropError> {
-    let here = std::env::current_dir().map_err(InteropError::io(".".as_ref(), "the current folder"))?;
-    let url = configs::location::resolve(&here, url);
-    let (run, wanted) = match url.split_once("/checkpoints/step-") {
-        Some((run, rest)) => (run.to_owned(), Some(rest.to_owned())),
-        None => (url.trim_end_matches('/').to_owned(), None),
-    };
+    let (run, wanted) = run_and_step(url)?;
     let store = RunStore::open_existing(&run)?;
     let none = |reason: String| InteropError::NoCheckpoint { url: store.url().to_owned(), reason };
     let Some(wanted) = wanted else {
@@ -45,6 +40,24 @@ pub fn open(url: &str) -> Result<(RunStore, Manifest), InteropError> {
     };
     let manifest = store.manifest(commit)?;
     Ok((store, manifest))
+}
+
+/// The run of a URL as [`open`] takes it, and what follows `…/checkpoints/step-`, where that is in it.
+fn run_and_step(url: &str) -> Result<(String, Option<String>), InteropError> {
+    let here = std::env::current_dir().map_err(InteropError::io(".".as_ref(), "the current folder"))?;
+    let url = configs::location::resolve(&here, url);
+    Ok(match url.split_once("/checkpoints/step-") {
+        Some((run, rest)) => (run.to_owned(), Some(rest.to_owned())),
+        None => (url.trim_end_matches('/').to_owned(), None),
+    })
+}
+
+/// A reader of `manifest`, which another rank has found at `url` (see [`open`]).
+///
+/// # Errors
+/// No such run.
+pub fn reader_of(url: &str, manifest: &Manifest) -> Result<CheckpointReader, InteropError> {
+    Ok(RunStore::open_existing(&run_and_step(url)?.0)?.read(manifest))
 }
 
 /// A reader of the checkpoint at `url`, see [`open`].

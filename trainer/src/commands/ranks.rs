@@ -1,0 +1,50 @@
+//! What commands that run as several ranks share.
+
+use super::source;
+use crate::engine::agree::agree;
+use anyhow::{Context, Result};
+use checkpoint::CheckpointReader;
+use collective::Collective;
+use configs::exit;
+
+/// Lets the kernel end this process together with its parent: a rank whose launcher is gone must not go on.
+pub fn end_with_parent() {
+    // SAFETY: prctl with these arguments only sets a flag of this process.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+/// Says an error and gives the exit code. Where every rank has this very error, one speaks and each can end by itself;
+/// otherwise the others may be waiting for this one, and all are ended.
+pub fn conclude(collective: &dyn Collective, error: &anyhow::Error, is_agreed: bool) -> i32 {
+    let alone = collective.world_size() == 1;
+    if is_agreed || alone {
+        if collective.rank() == 0 {
+            eprintln!("trainer: error: {error:#}");
+        }
+        return exit::FAILED;
+    }
+    eprintln!("trainer: error: rank {}: {error:#}", collective.rank());
+    collective.abort(exit::FAILED)
+}
+
+/// Opens the checkpoint at `url` on all ranks together: the one that rank 0 finds, since a run may commit or remove
+/// others meanwhile.
+///
+/// # Errors
+/// No such run or checkpoint, or it is damaged; all ranks agree on it.
+pub fn open_together(url: &str, collective: &dyn Collective) -> Result<CheckpointReader> {
+    let found = match collective.rank() {
+        0 => source::reader(url).map(Some),
+        _ => Ok(None),
+    };
+    let found = agree(collective, found.map_err(Into::into))?;
+    let manifest = found.as_ref().map(|reader| serde_json::to_vec(reader.manifest())).transpose()?;
+    let manifests = collective.gather_bytes(&manifest.unwrap_or_default())?;
+    let reader = match found {
+        Some(reader) => Ok(reader),
+        None => serde_json::from_slice(&manifests[0])
+            .context("the manifest that rank 0 found")
+            .and_then(|manifest| Ok(source::reader_of(url, &manifest)?)),
+    };
+    agree(collective, reader)
+}
