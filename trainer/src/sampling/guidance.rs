@@ -105,3 +105,84 @@ pub fn forward_with_cfg(
     let null = Tensor::cat(&[mixed.narrow(1, 0, guided), rest], 1);
     Tensor::cat(&[mixed, null], 0)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::dit::{Dit, DitConfig};
+    use tch::{Device, Kind};
+
+    const N: i64 = 3;
+
+    fn model() -> (Dit, WeightSet) {
+        let config = DitConfig {
+            input_size: 4,
+            in_channels: 4,
+            patch_size: 2,
+            hidden_size: 16,
+            depth: 1,
+            num_heads: 2,
+            mlp_ratio: 2.0,
+            class_dropout_prob: 0.1,
+            num_classes: 5,
+            learn_sigma: true,
+            conditioning: Default::default(),
+        };
+        let model = Dit::new(config).unwrap();
+        let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.3;
+        let tensors = model.named_params().into_iter().map(|(name, spec)| (name, draw(&spec.shape)));
+        let weights = WeightSet::from_named(&model, tensors.collect()).unwrap();
+        (model, weights)
+    }
+
+    /// The guided output of rows at these noise levels, the plain one and the official guided one.
+    fn outputs(guidance: Guidance, levels: [f64; 3]) -> [Tensor; 3] {
+        tch::manual_seed(1);
+        let _no_grad = tch::no_grad_guard();
+        let (model, weights) = model();
+        let x = Tensor::randn([N, 4, 4, 4], (Kind::Float, Device::Cpu));
+        let t = Tensor::from_slice(&[900f32, 500.0, 10.0]);
+        let y = Tensor::from_slice(&[0i64, 3, 4]);
+        let both = |of: &Tensor| Tensor::cat(&[of, of], 0);
+        let labels = Tensor::cat(&[&y, &y.full_like(5)], 0);
+        let official =
+            forward_with_cfg(&model, &weights, &both(&x), &both(&t), &labels, guidance.scale, guidance.channels);
+        let plain = weights.forward(&model, &x, &t, &y, &mut no_probe);
+        let time = ModelTime { t, noise_levels: levels.to_vec() };
+        [guidance.output((&model, &weights), &x, &time, &y), plain, official.narrow(0, 0, N)]
+    }
+
+    fn difference(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).abs().max().double_value(&[])
+    }
+
+    #[test]
+    fn over_all_noise_levels_it_is_plain_guidance() {
+        for channels in [GuidedChannels::All, GuidedChannels::FirstThree] {
+            let guidance = Guidance { scale: 4.0, channels, interval: [0.0, 1.0] };
+            let [found, plain, official] = outputs(guidance, [1.0, 0.5, 0.0]);
+            assert!(found.equal(&official) && difference(&found, &plain) > 0.1);
+        }
+    }
+
+    #[test]
+    fn an_empty_interval_is_no_guidance() {
+        for interval in [[0.5, 0.5], [0.0, 0.0], [1.0, 1.0]] {
+            let [found, plain, _] = outputs(Guidance { scale: 4.0, interval, ..Guidance::NONE }, [1.0, 0.5, 0.0]);
+            assert!(found.equal(&plain), "{interval:?}");
+        }
+        let [found, plain, _] = outputs(Guidance::NONE, [1.0, 0.5, 0.0]);
+        assert!(found.equal(&plain));
+    }
+
+    #[test]
+    fn only_rows_inside_the_interval_are_guided() {
+        let guidance = Guidance { scale: 4.0, channels: GuidedChannels::FirstThree, interval: [0.4, 0.6] };
+        let [found, plain, official] = outputs(guidance, [1.0, 0.5, 0.0]);
+        for (row, expected) in [(0, &plain), (1, &official), (2, &plain)] {
+            assert!(difference(&found.get(row), &expected.get(row)) < 1e-5, "row {row}");
+        }
+        assert!(difference(&found.get(1), &plain.get(1)) > 0.1);
+    }
+}
