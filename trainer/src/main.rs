@@ -21,6 +21,8 @@ enum Command {
     Sample(commands::sample::SampleArgs),
     /// FID, sFID, Inception Score, precision and recall of samples.
     Evaluate(commands::evaluate::EvaluateArgs),
+    /// Lists, verifies, tidies up and removes the checkpoints of a run.
+    Checkpoints(commands::checkpoints::CheckpointsArgs),
     /// SHA-256 of a checkpoint's values.
     Digest(commands::digest::DigestArgs),
     /// Times the training step on made-up latents.
@@ -34,6 +36,7 @@ fn main() {
         Command::Sample(args) => commands::sample::sample(&args).map(|()| 0),
         Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Sample(args) => commands::sample::sample(&args),
+        Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
         Command::BenchStep(args) => commands::bench_step::bench_step(&args).map(|()| 0),
     };

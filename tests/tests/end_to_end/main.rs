@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod checkpoints;
+mod crashes;
 mod experiment;
 mod same_bits;
 mod sampling;

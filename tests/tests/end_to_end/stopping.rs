@@ -13,7 +13,7 @@ fn long_reference(experiment: &Experiment) -> Vec<String> {
 }
 
 /// The process ids of the ranks that train in `run`.
-fn ranks_of(run: &str) -> Vec<i32> {
+pub fn ranks_of(run: &str) -> Vec<i32> {
     let found = Command::new("pgrep").args(["-f", &format!("trainer train .*{run}")]).output().unwrap();
     String::from_utf8_lossy(&found.stdout).lines().filter_map(|line| line.parse().ok()).collect()
 }
@@ -22,7 +22,7 @@ fn has_checkpoint(experiment: &Experiment, run: &str) -> bool {
     experiment.log(run).iter().any(|event| event["event"] == "checkpoint")
 }
 
-fn kill(signal: &str, pid: i32) {
+pub fn kill(signal: &str, pid: i32) {
     Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
 }
 

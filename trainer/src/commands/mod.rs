@@ -1,6 +1,7 @@
 //! The trainer's commands.
 
 pub mod bench_step;
+pub mod checkpoints;
 pub mod digest;
 pub mod evaluate;
 pub mod ranks;
