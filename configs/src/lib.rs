@@ -31,10 +31,5 @@ pub mod schema;
 
 pub use error::{ConfigError, Mistake};
 pub use resume::{KeyChange, changed_experiment_keys};
-pub use schema::*;
 pub use sampler::{GuidedChannels, Sampler};
-pub use schema::{
-    CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
-    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig,
-    RunLocation, SampleConfig, Schedule, TimestepSampling, TrainConfig,
-};
+pub use schema::*;

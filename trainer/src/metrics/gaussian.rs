@@ -120,7 +120,8 @@ impl Gaussian {
         }
         let _no_grad = tch::no_grad_guard();
         // The cheapest factor of one; the distance is symmetric.
-        let known = [(self, other), (other, self)].map(|(one, other)| Some((one.factor.as_ref()?.shallow_clone(), other)));
+        let known =
+            [(self, other), (other, self)].map(|(one, other)| Some((one.factor.as_ref()?.shallow_clone(), other)));
         let (factor, counterpart) = match known.into_iter().flatten().min_by_key(|(factor, _)| factor.size()[0]) {
             Some(found) => found,
             None => match (self.cholesky()?, other.cholesky()?) {
@@ -146,7 +147,11 @@ mod tests {
 
     fn gaussian(mean: &[f64], covariance: &[f64]) -> Gaussian {
         let size = mean.len() as i64;
-        Gaussian { mean: Tensor::from_slice(mean), covariance: Tensor::from_slice(covariance).view([size, size]), factor: None }
+        Gaussian {
+            mean: Tensor::from_slice(mean),
+            covariance: Tensor::from_slice(covariance).view([size, size]),
+            factor: None,
+        }
     }
 
     fn close(found: f64, expected: f64) {

@@ -140,7 +140,8 @@ fn weights_from_a_file_statistics_kept_and_read_give_the_same_scores() {
     assert_eq!((samples.features.size()[0], reference.features.size()[0]), (6, 6));
     reference.save(&path("stats.npz"), inception.digest()).unwrap();
     let read = Statistics::read(&path("stats.npz"), inception.digest()).unwrap().unwrap();
-    let gaussians = |of: &Statistics| [&of.pool, of.spatial.as_ref().unwrap()].map(|of| (of.mean.copy(), of.covariance.copy()));
+    let gaussians =
+        |of: &Statistics| [&of.pool, of.spatial.as_ref().unwrap()].map(|of| (of.mean.copy(), of.covariance.copy()));
     assert_eq!(gaussians(&read), gaussians(&reference));
     assert_eq!(read.features, reference.features);
     let scores = Scores::compute(&inception, &samples, &read).unwrap();

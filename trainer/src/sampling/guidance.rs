@@ -128,6 +128,7 @@ mod tests {
             num_classes: 5,
             learn_sigma: true,
             conditioning: Default::default(),
+            numerics: Default::default(),
         };
         let model = Dit::new(config).unwrap();
         let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.3;
