@@ -33,7 +33,6 @@ fn main() {
     let outcome = match Cli::parse().command {
         Command::Train(args) => commands::train::train(&args),
         Command::Encode(args) => encode::run(args).map(|()| 0),
-        Command::Sample(args) => commands::sample::sample(&args),
         Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Sample(args) => commands::sample::sample(&args),
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
