@@ -25,6 +25,8 @@ enum Command {
     Checkpoints(commands::checkpoints::CheckpointsArgs),
     /// SHA-256 of a checkpoint's values.
     Digest(commands::digest::DigestArgs),
+    /// Everything that a run of a config starts from and draws, for training the same in another program.
+    Draws(commands::draws::DrawsArgs),
     /// Times the training step on made-up latents.
     BenchStep(commands::bench_step::BenchStepArgs),
 }
@@ -37,6 +39,7 @@ fn main() {
         Command::Sample(args) => commands::sample::sample(&args),
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
+        Command::Draws(args) => commands::draws::draws(&args).map(|()| 0),
         Command::BenchStep(args) => commands::bench_step::bench_step(&args).map(|()| 0),
     };
     std::process::exit(outcome.unwrap_or_else(|error| {

@@ -5,6 +5,7 @@ pub mod checkpoints;
 pub mod digest;
 pub mod evaluate;
 pub mod ranks;
+pub mod draws;
 pub mod sample;
 pub mod train;
 

@@ -223,7 +223,7 @@ fn find_start(config: &RunConfig, record: &Value, world_size: usize, store: &Run
 }
 
 /// This rank's micro-batches from after step `done` on, and the steps of an epoch.
-fn open_stream(
+pub(crate) fn open_stream(
     config: &RunConfig,
     recipe: &Recipe,
     dataset: Arc<LatentDataset>,

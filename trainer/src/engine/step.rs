@@ -24,7 +24,7 @@ impl Stepper {
             let batch = self.data(step, next_batch())?;
             data_wait += asked.elapsed();
 
-            let (x_start, labels) = self.to_device(&batch);
+            let (x_start, labels) = self.experiment.input(&*self.model, &batch);
             let noised = self.objective.noise(x_start, self.experiment.seed, batch.step, lane);
             let tape = self.forward(step, self.model.input(&noised.x_t, &noised.model_t, &labels))?;
 

@@ -30,6 +30,27 @@ pub struct Experiment {
     pub device: Device,
 }
 
+impl Experiment {
+    /// A micro-batch as `model` takes it, on the device: the labels that this lane drops are null labels.
+    ///
+    /// # Shapes
+    /// x_start [micro_batch, C, H, W], labels [micro_batch].
+    pub fn input(&self, model: &dyn Model, batch: &MicroBatch) -> (Tensor, Tensor) {
+        let shape: Vec<i64> = std::iter::once(-1).chain(model.latent_shape().iter().copied()).collect();
+        let x_start = Tensor::from_slice(&batch.x_start).view(shape.as_slice()).to_device(self.device);
+        let mut labels = batch.labels.clone();
+        if let (Some(null_label), Ok(dropout)) = (model.null_label(), Bernoulli::new(model.label_dropout())) {
+            let mut rng = Key::new(self.seed, Purpose::LabelDrop, batch.step).lane(batch.lane).rng();
+            for label in &mut labels {
+                if dropout.sample(&mut rng) {
+                    *label = null_label;
+                }
+            }
+        }
+        (x_start, Tensor::from_slice(&labels).to_device(self.device))
+    }
+}
+
 /// Everything a rank needs to make steps.
 pub struct Stepper {
     /// The denoiser.
@@ -105,27 +126,6 @@ impl Stepper {
             collective,
             experiment,
         }
-    }
-
-    /// The micro-batch on the device, with this lane's labels dropped.
-    ///
-    /// # Shapes
-    /// x_start [micro_batch, C, H, W], labels [micro_batch].
-    pub(super) fn to_device(&self, batch: &MicroBatch) -> (Tensor, Tensor) {
-        let Experiment { seed, device, .. } = self.experiment;
-        let shape: Vec<i64> = std::iter::once(-1).chain(self.model.latent_shape().iter().copied()).collect();
-        let x_start = Tensor::from_slice(&batch.x_start).view(shape.as_slice()).to_device(device);
-        let mut labels = batch.labels.clone();
-        let dropout = Bernoulli::new(self.model.label_dropout());
-        if let (Some(null_label), Ok(dropout)) = (self.model.null_label(), dropout) {
-            let mut rng = Key::new(seed, Purpose::LabelDrop, batch.step).lane(batch.lane).rng();
-            for label in &mut labels {
-                if dropout.sample(&mut rng) {
-                    *label = null_label;
-                }
-            }
-        }
-        (x_start, Tensor::from_slice(&labels).to_device(device))
     }
 
     /// Lets all ranks agree on losses, gradient norm and signals, and refuses a step that is not finite. The one wait
