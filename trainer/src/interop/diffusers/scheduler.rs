@@ -2,33 +2,38 @@
 
 use super::DiffusersError;
 use super::config::DIFFUSERS_VERSION;
-use crate::diffusion::{Prediction, Process};
+use crate::diffusion::{Prediction, Process, Schedule};
+use crate::recipe::Recipe;
 use serde_json::{Value, json};
 
-/// How far a beta may be, relatively, from what diffusers computes in float32 for a schedule by name.
-const SAME_BETA: f64 = 1e-6;
-
-/// The scheduler for a process. Deterministic DDIM on the timesteps of the official `ddimN`, so that any number of steps works.
+/// The scheduler for a recipe's process: deterministic DDIM on the timesteps of the official `ddimN`.
 ///
 /// # Errors
 /// A process that no scheduler which `DiTPipeline` can drive reverses.
-pub(super) fn config_of(process: &Process) -> Result<Value, DiffusersError> {
-    let Process::Gaussian { betas, prediction } = process else {
+pub(super) fn config_of(recipe: &Recipe) -> Result<Value, DiffusersError> {
+    let Process::Gaussian { betas, prediction } = recipe.process() else {
         return Err(DiffusersError::NotRepresentable {
             what: "a flow-matching model".to_owned(),
-            why: "DiTPipeline reverses Gaussian diffusions; it would feed the model timesteps 999 … 0 instead of times in [0, 1]"
-                .to_owned(),
+            why: "DiTPipeline would feed it timesteps 999 … 0 instead of times in [0, 1]".to_owned(),
         });
     };
-    let (first, last) = (betas.first().copied().unwrap_or_default(), betas.last().copied().unwrap_or_default());
-    let zero_terminal_snr = last >= 1.0;
-    let mut config = json!({
+    let d = &recipe.diffusion;
+    let (name, schedule) = match d.schedule {
+        configs::Schedule::Linear => ("linear", Schedule::Linear),
+        configs::Schedule::ScaledLinear => ("scaled_linear", Schedule::ScaledLinear),
+        configs::Schedule::SquaredCosine => ("squaredcos_cap_v2", Schedule::SquaredCosine),
+    };
+    // Before any rescaling, which diffusers does itself. It does not read them for squared cosine.
+    let usual = schedule.betas(d.timesteps);
+    let usual = (usual.first().copied().unwrap_or_default(), usual.last().copied().unwrap_or_default());
+    let (start, end) = d.beta_start.zip(d.beta_end).unwrap_or(usual);
+    Ok(json!({
         "_class_name": "DDIMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": betas.len(),
-        "beta_schedule": "linear",
-        "beta_start": first,
-        "beta_end": last,
+        "beta_schedule": name,
+        "beta_start": start,
+        "beta_end": end,
         "trained_betas": null,
         "prediction_type": match prediction {
             Prediction::Eps => "epsilon",
@@ -39,36 +44,8 @@ pub(super) fn config_of(process: &Process) -> Result<Value, DiffusersError> {
         "thresholding": false,
         "set_alpha_to_one": true,
         "steps_offset": 0,
-        "rescale_betas_zero_snr": zero_terminal_snr,
+        "rescale_betas_zero_snr": d.zero_terminal_snr,
         // The last timestep has to be among those of a zero-terminal-SNR schedule; else those of the official "ddimN".
-        "timestep_spacing": if zero_terminal_snr { "trailing" } else { "leading" },
-    });
-    match name(betas) {
-        Some(name) => config["beta_schedule"] = name.into(),
-        None => config["trained_betas"] = betas.as_slice().into(),
-    }
-    Ok(config)
-}
-
-/// The name under which diffusers computes these betas from the first and the last, if it has one.
-fn name(betas: &[f64]) -> Option<&'static str> {
-    let (first, last, end) = (*betas.first()?, *betas.last()?, (betas.len().max(2) - 1) as f64);
-    let between = |a: f64, b: f64, i: usize| a + (b - a) * i as f64 / end;
-    let alpha_bar = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
-    let cosine = |i: usize| {
-        let steps = betas.len() as f64;
-        (1.0 - alpha_bar((i + 1) as f64 / steps) / alpha_bar(i as f64 / steps)).min(0.999)
-    };
-    let is = |of: &dyn Fn(usize) -> f64| {
-        betas.iter().enumerate().all(|(i, beta)| (beta - of(i)).abs() <= SAME_BETA * beta.abs())
-    };
-    if is(&|i| between(first, last, i)) {
-        Some("linear")
-    } else if is(&|i| between(first.sqrt(), last.sqrt(), i).powi(2)) {
-        Some("scaled_linear")
-    } else if is(&cosine) {
-        Some("squaredcos_cap_v2")
-    } else {
-        None
-    }
+        "timestep_spacing": if d.zero_terminal_snr { "trailing" } else { "leading" },
+    }))
 }

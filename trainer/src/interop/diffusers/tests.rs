@@ -1,7 +1,6 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::diffusion::{Prediction, Process, Schedule};
 use crate::interop::values::Dtype;
 use crate::interop::{InteropError, NamedWeights, safetensors};
 use crate::model::dit::{Conditioning, Dit, DitConfig, Numerics};
@@ -238,20 +237,43 @@ fn what_diffusers_cannot_hold_is_refused_before_anything_is_written() {
 
 #[test]
 fn schedules_have_the_names_that_diffusers_gives_them() {
-    let gaussian =
-        |betas: Vec<f64>, prediction| scheduler::config_of(&Process::Gaussian { betas, prediction }).unwrap();
-    let linear = gaussian(Schedule::Linear.betas(500), Prediction::V);
-    assert_eq!((&linear["beta_schedule"], &linear["prediction_type"]), (&"linear".into(), &"v_prediction".into()));
-    assert_eq!((linear["num_train_timesteps"].as_u64(), linear["beta_start"].as_f64()), (Some(500), Some(2e-4)));
-    assert!(linear["trained_betas"].is_null());
-    let between = |i: usize| 0.00085f64.sqrt() + (0.012f64.sqrt() - 0.00085f64.sqrt()) * i as f64 / 999.0;
-    let scaled = gaussian((0..1000).map(|i| between(i).powi(2)).collect(), Prediction::Eps);
-    assert_eq!(scaled["beta_schedule"], "scaled_linear");
-    let mut betas = Schedule::Linear.betas(1000);
-    betas[999] = 1.0;
-    let own = gaussian(betas, Prediction::XStart);
-    assert_eq!((&own["timestep_spacing"], &own["prediction_type"]), (&"trailing".into(), &"sample".into()));
-    assert_eq!(own["trained_betas"].as_array().map(Vec::len), Some(1000));
-    let flow = scheduler::config_of(&Process::Flow).unwrap_err().to_string();
-    assert!(flow.contains("flow-matching"), "{flow}");
+    let config = |diffusion: serde_json::Value| {
+        let mut recipe = recipe(3);
+        recipe.diffusion = serde_json::from_value(diffusion).unwrap();
+        scheduler::config_of(&recipe)
+    };
+    for (diffusion, expected) in [
+        (
+            serde_json::json!({"objective": "v", "schedule": "linear", "timesteps": 500}),
+            serde_json::json!({
+                "beta_schedule": "linear", "beta_start": 2e-4, "beta_end": 0.04, "num_train_timesteps": 500,
+                "prediction_type": "v_prediction", "rescale_betas_zero_snr": false, "timestep_spacing": "leading"
+            }),
+        ),
+        (
+            serde_json::json!({"objective": "eps", "schedule": "scaled-linear", "timesteps": 1000}),
+            serde_json::json!({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}),
+        ),
+        (
+            serde_json::json!({
+                "objective": "x_start", "schedule": "linear", "timesteps": 1000, "beta_start": 1e-3, "beta_end": 0.03,
+                "zero_terminal_snr": true
+            }),
+            serde_json::json!({
+                "beta_start": 1e-3, "beta_end": 0.03, "prediction_type": "sample", "rescale_betas_zero_snr": true,
+                "timestep_spacing": "trailing"
+            }),
+        ),
+        (
+            serde_json::json!({"objective": "eps", "schedule": "squared-cosine", "timesteps": 1000}),
+            serde_json::json!({"beta_schedule": "squaredcos_cap_v2"}),
+        ),
+    ] {
+        let found = config(diffusion).unwrap();
+        for (key, value) in expected.as_object().unwrap() {
+            assert_eq!(&found[key], value, "{key} of {found}");
+        }
+    }
+    let flow = config(serde_json::json!({"objective": "flow", "schedule": "linear", "timesteps": 1000}));
+    assert!(flow.unwrap_err().to_string().contains("flow-matching"));
 }

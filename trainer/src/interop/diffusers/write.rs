@@ -37,7 +37,7 @@ impl Pipeline<'_> {
         let model = &self.recipe.model;
         let rows = label_rows(model.num_classes);
         let config = TransformerConfig::of(model, rows)?;
-        let scheduler = scheduler::config_of(&self.recipe.process())?;
+        let scheduler = scheduler::config_of(self.recipe)?;
         let transformer = names::to_diffusers(self.weights, model, rows)?;
         let index = self.index()?;
         let vae = self.vae.map(|vae| self.check_vae(vae)).transpose()?;
