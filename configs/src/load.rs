@@ -310,6 +310,18 @@ fn check_sampling(r: &mut Reader, c: &RunConfig) {
             format!("use at most {timesteps}"),
         );
     }
+    let sampler = c.sample.sampler.unwrap_or(Sampler::default_of_grids(!discrete));
+    if r.sound(&["sample.sampler", "diffusion.objective"]) && sampler.is_for_flow() == discrete {
+        let fitting: Vec<String> = Sampler::that_fit(!discrete).map(|sampler| format!("\"{sampler}\"")).collect();
+        r.refuse(
+            "sample.sampler",
+            format!("does not reverse {}", if discrete { "a Gaussian diffusion" } else { "a flow" }),
+            format!("use {}, or another diffusion.objective", fitting.join(", ")),
+        );
+    }
+    if r.sound(&["sample.sampler", "sample.eta"]) && c.sample.eta != 0.0 && sampler != Sampler::Ddim {
+        r.refuse("sample.eta", format!("means nothing to the sampler {sampler}"), "remove it, or use \"ddim\"");
+    }
     let [low, high] = c.sample.cfg_interval;
     if r.sound(&["sample.cfg_interval"]) && low > high {
         r.refuse("sample.cfg_interval", "ends before it begins", format!("use [{high:?}, {low:?}]"));

@@ -182,6 +182,13 @@ fn a_changed_value_fails_and_is_named() {
         ("sampling", "`out/p10_cfg1.5/x_steps (null half)`", &|parts| {
             parts.change("out/p10_cfg1.5/x_steps", 5 * 256 + 1, |v| v + 1.0)
         }),
+        ("sit", "`out/ode_heun2_11_cfgnone/x_points`", &|parts| parts.change("in/z", 0, |v| v + 0.1)),
+        ("sit", "`out/ode_dopri5_5_cfgnone/samples`", &|parts| {
+            parts.change("out/ode_dopri5_5_cfgnone/samples", 7, |v| v + 0.1)
+        }),
+        ("sit", "`out/sde_Euler_sigma_Mean_10/x_steps`", &|parts| {
+            parts.change("in/sde_Euler_sigma_Mean_10/noises", 0, |v| v + 0.1)
+        }),
         ("diffusers_dit", "`blocks.1.attn.qkv.bias`", &|parts| {
             parts.change("diffusers/transformer_blocks.1.attn1.to_v.bias", 2, off)
         }),
@@ -228,6 +235,8 @@ fn a_missing_or_superfluous_tensor_fails_and_is_named() {
         ("train_lr1e-3_ema", "`ema0.99/pos_embed`", &without("ema0.99/pos_embed")),
         ("sampling", "`in/p10_cfg1.5/noises`", &without("in/p10_cfg1.5/noises")),
         ("sampling", "`out/ddim10_cfg1.5/pred_xstart_steps`", &without("out/ddim10_cfg1.5/pred_xstart_steps")),
+        ("sit", "`in/sde_Euler_sigma_Mean_10/noises`", &without("in/sde_Euler_sigma_Mean_10/noises")),
+        ("sit", "`out/ode_rk4_6_cfgnone/x_points`", &without("out/ode_rk4_6_cfgnone/x_points")),
         ("diffusers_dit", "proj_out_2.bias: missing", &without("diffusers/proj_out_2.bias")),
         ("diffusers_dit", "`out/diffusers_normeps1e-6`", &without("out/diffusers_normeps1e-6")),
         ("vae", "`out/enc/down0`", &without("out/enc/down0")),
@@ -275,6 +284,9 @@ fn a_specification_that_cannot_be_followed_fails_and_says_why() {
         ("train_lr1e-3_ema", "the same folder", &set("inputs_from", "../train_lr1e-3.safetensors")),
         ("sampling", "`variants` = p|p|10", &set("variants", "p|p|10")),
         ("sampling", "`out/p10_nocfg/model_t`", &set("variants", "p10_nocfg|p|ddim10|none|noclip|0")),
+        ("sit", "`ode_variants` = adams|11|none", &set("ode_variants", "adams|11|none")),
+        ("sit", "`sde_variants` = Euler|SBDM|Mean|10", &set("sde_variants", "Euler|SBDM|Mean|10")),
+        ("sit", "`out/ode_euler_11_cfgnone/x_points` was compared with nothing", &set("ode_variants", "euler|10|1.5")),
         ("diffusers_dit", "DiTTransformer2DModel", &set("diffusers_config", "{\"num_layers\": \"two\"}")),
         (
             "diffusers_dit",

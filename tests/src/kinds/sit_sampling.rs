@@ -28,8 +28,8 @@ struct Variant {
 
 /// What is recorded of a chain.
 enum Record {
-    /// `x_points`: the state at so many grid points, the start included.
-    Points(i64),
+    /// `x_points`: the state at every grid point, the start included.
+    Points,
     /// `samples`: the last state.
     Samples,
     /// `x_steps`: the state after every step, the last one included; a last step that is none repeats it. Noise is in
@@ -72,7 +72,7 @@ fn ode(text: &str) -> Result<Variant> {
     let name = format!("ode_{method}_{points}_cfg{scale}");
     let points: i64 = points.parse().ok().filter(|points| *points >= 2).ok_or_else(refuse)?;
     let fixed = |tableau: &'static Tableau| -> (Box<dyn Sampler>, Record) {
-        (Box::new(RungeKutta { tableau, steps: points as usize - 1 }), Record::Points(points))
+        (Box::new(RungeKutta { tableau, steps: points as usize - 1 }), Record::Points)
     };
     let (sampler, record) = match method {
         "euler" => fixed(&Tableau::EULER),
@@ -170,7 +170,7 @@ fn run_variant(
     let last = sampler.sample(start.shallow_clone(), &denoise, &mut noise, &mut observe);
     let last = last.map_err(|error| BundleError::Run(format!("variant `{name}`: {error}")))?;
     match record {
-        Record::Points(_) => {
+        Record::Points => {
             states.insert(0, start);
             compare_trajectory(&format!("out/{name}/x_points"), &Tensor::stack(&states, 0), n, report);
         }

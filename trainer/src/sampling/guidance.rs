@@ -131,7 +131,7 @@ mod tests {
             numerics: Default::default(),
         };
         let model = Dit::new(config).unwrap();
-        let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.3;
+        let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.1;
         let tensors = model.named_params().into_iter().map(|(name, spec)| (name, draw(&spec.shape)));
         let weights = WeightSet::from_named(&model, tensors.collect()).unwrap();
         (model, weights)
@@ -163,7 +163,7 @@ mod tests {
         for channels in [GuidedChannels::All, GuidedChannels::FirstThree] {
             let guidance = Guidance { scale: 4.0, channels, interval: [0.0, 1.0] };
             let [found, plain, official] = outputs(guidance, [1.0, 0.5, 0.0]);
-            assert!(found.equal(&official) && difference(&found, &plain) > 0.1);
+            assert!(found.equal(&official) && difference(&found, &plain) > 1e-3);
         }
     }
 
@@ -182,8 +182,10 @@ mod tests {
         let guidance = Guidance { scale: 4.0, channels: GuidedChannels::FirstThree, interval: [0.4, 0.6] };
         let [found, plain, official] = outputs(guidance, [1.0, 0.5, 0.0]);
         for (row, expected) in [(0, &plain), (1, &official), (2, &plain)] {
-            assert!(difference(&found.get(row), &expected.get(row)) < 1e-5, "row {row}");
+            // A batch of another size may be rounded in another way.
+            let scale = expected.abs().max().double_value(&[]);
+            assert!(difference(&found.get(row), &expected.get(row)) < 1e-5 * scale, "row {row}");
         }
-        assert!(difference(&found.get(1), &plain.get(1)) > 0.1);
+        assert!(difference(&found.get(1), &plain.get(1)) > 1e-3);
     }
 }
