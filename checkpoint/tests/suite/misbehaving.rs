@@ -85,7 +85,10 @@ impl ObjectStore for Misbehaving {
         let Some(left) = &self.deletes_left else { return self.inner.delete_stream(locations) };
         match left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) {
             Ok(_) => self.inner.delete_stream(locations),
-            Err(_) => Box::pin(futures::stream::once(async { Err(broken()) })),
+            // An error that is not worth another try.
+            Err(_) => Box::pin(futures::stream::once(async {
+                Err(Error::PermissionDenied { path: "deleted".to_owned(), source: "403".into() })
+            })),
         }
     }
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
