@@ -4,7 +4,7 @@
 //! purposes can collide. Lanes, not ranks, appear in a key: the same experiment draws the same
 //! numbers on any number of ranks.
 
-use rand::SeedableRng;
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// What a draw is for. The number is part of the key: never renumber, only append.
@@ -31,6 +31,13 @@ pub enum Purpose {
     SampleStart = 9,
     /// The noise that a stochastic sampler adds; `counter` = the sample's number, `index` = loop step.
     SampleStep = 10,
+    /// Where a validation draw is inside its timestep bin; `counter` = row, `index` = draw. On lane 1 the order of the
+    /// bins in a block of draws; `counter` = block.
+    ValidationTimestep = 11,
+    /// The diffusion noise of a validation draw; `counter` = row, `index` = draw.
+    ValidationNoise = 12,
+    /// The Gaussian of a validation row's posterior sample; `counter` = row.
+    ValidationPosterior = 13,
     /// The label of a sample, where labels are drawn; `counter` = the sample's number.
     SampleLabel = 15,
 }
@@ -89,10 +96,20 @@ pub fn fill_normal(key: Key, out: &mut [f32]) {
     }
 }
 
+/// Fisher–Yates by a keyed stream. Written out, because the order is part of every experiment for ever, and a library may
+/// change its algorithm.
+pub fn shuffle<T>(key: Key, items: &mut [T]) {
+    let mut rng = key.rng();
+    for last in (1..items.len()).rev() {
+        // Multiply-shift maps 64 random bits to 0 ..= last; its bias is below last / 2^64.
+        let chosen = ((u128::from(rng.next_u64()) * (last as u128 + 1)) >> 64) as usize;
+        items.swap(last, chosen);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rand::Rng;
 
     #[test]
     fn every_part_of_the_key_changes_the_stream_and_nothing_else_does() {

@@ -2,7 +2,7 @@
 //!
 //! [`LatentDataset`] reads the footers of parquet files anywhere `object_store` reaches and decodes chosen rows.
 //! [`LaneSchedule`] is arithmetic: which rows lane `l` reads at step `s`. [`MicroBatchStream`] puts the two together on a
-//! background thread. [`LatentWriter`] writes the files. [`draws`] holds the keyed random numbers that all of it, and the
+//! background thread. [`LatentDataset::fixed_rows`] reads chosen rows once, for validation. [`LatentWriter`] writes the files. [`draws`] holds the keyed random numbers that all of it, and the
 //! trainer, uses.
 //!
 //! The calls block; make them outside of an async runtime.
@@ -11,6 +11,7 @@ mod dataset;
 mod decode;
 pub mod draws;
 mod error;
+mod fixed;
 mod footer;
 mod form;
 mod read;
@@ -26,6 +27,7 @@ pub use configs::Columns;
 pub use dataset::{DatasetMeta, LatentDataset, RowGroup};
 pub use decode::RowBlock;
 pub use error::DataError;
+pub use fixed::{FixedOptions, FixedRows};
 pub use form::Dtype;
 pub use report::{ChannelStats, Inspection, inspect, verify};
 pub use schedule::{EpochOrder, LaneSchedule, RowRun, ScheduleOptions};

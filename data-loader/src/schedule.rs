@@ -14,10 +14,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use rand::Rng;
-
 use crate::DataError;
-use crate::draws::{Key, Purpose};
+use crate::draws::{Key, Purpose, shuffle};
 
 /// What a schedule is a function of, besides the row groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,17 +219,6 @@ impl EpochOrder {
 
     fn run_of(&self, virtual_row: u64) -> usize {
         self.starts.partition_point(|&start| start <= virtual_row) - 1
-    }
-}
-
-/// Fisher–Yates by a keyed stream. Written out, because the order is part of every experiment for ever, and a library may
-/// change its algorithm.
-fn shuffle<T>(key: Key, items: &mut [T]) {
-    let mut rng = key.rng();
-    for last in (1..items.len()).rev() {
-        // Multiply-shift maps 64 random bits to 0 ..= last; its bias is below last / 2^64.
-        let chosen = ((u128::from(rng.next_u64()) * (last as u128 + 1)) >> 64) as usize;
-        items.swap(last, chosen);
     }
 }
 

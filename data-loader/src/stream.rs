@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::decode::RowBlock;
 use crate::draws::{Key, Purpose, fill_normal};
+use crate::fixed::add_posterior_noise;
 use crate::schedule::EpochOrder;
 use crate::{DataError, LaneSchedule, LatentDataset};
 
@@ -317,9 +318,7 @@ impl Producer {
             window.block.latent(column, at, x);
             if meta.moments {
                 window.block.latent(column + 1, at, &mut logvar);
-                for ((x, logvar), eps) in x.iter_mut().zip(&logvar).zip(&eps[i * numel..]) {
-                    *x += (0.5 * logvar.clamp(-30.0, 20.0)).exp() * eps;
-                }
+                add_posterior_noise(x, &logvar, &eps[i * numel..]);
             }
             x.iter_mut().for_each(|x| *x *= scale);
             labels.push(window.block.labels()[at]);
