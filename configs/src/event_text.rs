@@ -17,6 +17,10 @@ impl Display for Event {
             Event::Step { step, steps, .. } => write!(f, "step {step}/{steps}  {}", self.rates()),
             Event::Checkpoint { step, url, .. } => write!(f, "checkpoint: step {step} committed, {url}"),
             Event::Sample { step, path, .. } => write!(f, "samples: step {step}, {path}"),
+            Event::Validation { step, weights, loss, bins, .. } => {
+                write!(f, "validation: step {step}, {weights}  loss {loss:.4}  by time")?;
+                bins.iter().try_for_each(|bin| write!(f, " {bin:.3}"))
+            }
             Event::Sampling { images, total, .. } => write!(f, "sampling: {images}/{total} images  {}", self.rates()),
             Event::Sampled { images, .. } => write!(f, "done: {images} images"),
             Event::Stop { step, reason, .. } => write!(f, "stop: at step {step}, {reason}"),
@@ -76,6 +80,13 @@ mod tests {
             time: 1.0,
         };
         assert_eq!(event.to_string(), "step 120/1500  loss 0.2130  images/s 431  data-wait 0.1%  eta 3m10s");
+    }
+
+    #[test]
+    fn a_validation_is_one_plain_line() {
+        let (weights, parts) = ("ema".to_owned(), Default::default());
+        let event = Event::Validation { step: 200, weights, loss: 0.25, parts, bins: vec![0.4, 0.1], time: 1.0 };
+        assert_eq!(event.to_string(), "validation: step 200, ema  loss 0.2500  by time 0.400 0.100");
     }
 
     #[test]

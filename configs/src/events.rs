@@ -2,6 +2,7 @@
 //! [`EVENTS_VARIABLE`] is `stdout`, prints them for the launcher.
 
 use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::BTreeMap;
 
 /// Environment variable by which the launcher asks rank 0 for events on its stdout (value [`EVENTS_STDOUT`]).
 pub const EVENTS_VARIABLE: &str = "DITHAROS_EVENTS";
@@ -82,6 +83,24 @@ pub enum Event {
         /// When.
         time: f64,
     },
+    /// The loss of one set of weights on held-out rows.
+    Validation {
+        /// Step of the weights.
+        step: u64,
+        /// Their section in checkpoints.
+        weights: String,
+        /// Mean of `bins`.
+        #[serde(deserialize_with = "nan_if_null")]
+        loss: f64,
+        /// Means of its terms before weighting, by name.
+        #[serde(deserialize_with = "nans_in_map")]
+        parts: BTreeMap<String, f64>,
+        /// Mean loss in each of equal parts of the diffusion's time, from data to noise.
+        #[serde(deserialize_with = "nans_in_list")]
+        bins: Vec<f64>,
+        /// When.
+        time: f64,
+    },
     /// Progress of `sample`, after every batch; the first one, of 0 images, says that the ranks are up.
     Sampling {
         /// Images done.
@@ -149,6 +168,18 @@ fn nan_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Err
     Option::<f64>::deserialize(deserializer).map(|number| number.unwrap_or(f64::NAN))
 }
 
+#[derive(Deserialize)]
+struct OrNan(#[serde(deserialize_with = "nan_if_null")] f64);
+
+fn nans_in_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
+    Ok(Vec::<OrNan>::deserialize(deserializer)?.into_iter().map(|number| number.0).collect())
+}
+
+fn nans_in_map<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, f64>, D::Error> {
+    let map = BTreeMap::<String, OrNan>::deserialize(deserializer)?;
+    Ok(map.into_iter().map(|(name, number)| (name, number.0)).collect())
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -188,6 +219,23 @@ mod tests {
         let Some(Event::Step { loss, mse, .. }) = Event::parse(&line) else { panic!("not read back: {line}") };
         assert!(loss.is_nan());
         assert_eq!(mse, 0.2);
+    }
+
+    #[test]
+    fn a_validation_reads_back_even_where_it_is_not_finite() {
+        let event = |bin: f64| Event::Validation {
+            step: 5,
+            weights: "ema".to_owned(),
+            loss: 0.5 * (0.25 + bin),
+            parts: BTreeMap::from([("mse".to_owned(), bin)]),
+            bins: vec![0.25, bin],
+            time: 1.0,
+        };
+        assert_eq!(Event::parse(&event(0.75).to_line()), Some(event(0.75)));
+        let Some(Event::Validation { loss, parts, bins, .. }) = Event::parse(&event(f64::NAN).to_line()) else {
+            panic!("not read back")
+        };
+        assert!(loss.is_nan() && parts["mse"].is_nan() && bins[0] == 0.25 && bins[1].is_nan());
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! | [`resume`] | which keys differ between two configs in a way that makes another experiment |
 //! | [`sampler`] | the samplers by name |
 //! | [`events`] | the JSON lines that a run writes |
+//! | [`validation`] | held-out loss, and the metrics that checkpoints are chosen by |
 //! | [`exit`] | the exit codes of the programs |
 
 pub mod error;
@@ -28,8 +29,15 @@ mod reader;
 pub mod resume;
 pub mod sampler;
 pub mod schema;
+pub mod validation;
 
 pub use error::{ConfigError, Mistake};
 pub use resume::{KeyChange, changed_experiment_keys};
 pub use sampler::{GuidedChannels, Sampler};
 pub use schema::*;
+pub use schema::{
+    CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
+    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig,
+    RunLocation, SampleConfig, Schedule, TimestepSampling, TrainConfig,
+};
+pub use validation::ValidationConfig;

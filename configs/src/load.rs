@@ -10,10 +10,12 @@ use crate::lanes::MAX_LANES;
 use crate::reader::Reader;
 use crate::sampler::{GuidedChannels, Sampler};
 use crate::schema::*;
+use crate::validation::loss_metric;
 use crate::{location, overrides, presets};
 
 mod diffusion;
 mod optimizer;
+mod validation;
 
 /// Upper end of integers without a natural one: TOML's integers are i64.
 const ANY: u64 = i64::MAX as u64;
@@ -104,12 +106,16 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
         checkpoint: CheckpointConfig {
             every_steps: r.integer("checkpoint.every_steps", 1..=ANY, 1000),
             keep_last: r.integer("checkpoint.keep_last", 2..=COUNT, 3) as usize,
+            keep_every: r.integer("checkpoint.keep_every", 0..=ANY, 0),
+            keep_best: r.integer("checkpoint.keep_best", 0..=COUNT, 0) as usize,
+            best_metric: r.text("checkpoint.best_metric", &loss_metric("ema")),
             on_damaged: r.choice(
                 "checkpoint.on_damaged",
                 &[("fallback", OnDamaged::Fallback), ("fail", OnDamaged::Fail)],
                 OnDamaged::Fallback,
             ),
         },
+        validation: validation::read(r, base),
         sample: SampleConfig {
             every_steps: r.integer("sample.every_steps", 0..=ANY, 0),
             num: r.integer("sample.num", 1..=COUNT, 40) as usize,
@@ -217,11 +223,15 @@ fn read_preset(r: &mut Reader) -> Option<presets::Preset> {
 
 fn required_url(r: &mut Reader, key: &'static str, base: &Path, advice: &str) -> String {
     r.require(key, advice);
-    let text = r.optional_text(key).unwrap_or_default();
-    if let Some(problem) = location::defect(&text).filter(|_| r.given(key) && r.sound(&[key])) {
+    optional_url(r, key, base).unwrap_or_default()
+}
+
+fn optional_url(r: &mut Reader, key: &'static str, base: &Path) -> Option<String> {
+    let text = r.optional_text(key)?;
+    if let Some(problem) = location::defect(&text).filter(|_| r.sound(&[key])) {
         r.refuse(key, problem, "give a path, or a URL such as s3://bucket/folder");
     }
-    location::resolve(base, &text)
+    Some(location::resolve(base, &text))
 }
 
 fn read_folder(r: &mut Reader, key: &'static str, base: &Path) -> Option<PathBuf> {
@@ -253,6 +263,7 @@ fn check(r: &mut Reader, c: &RunConfig) {
         r.refuse("train.lanes", "is not a power of two", format!("use {} or {above}{batches}", above / 2));
     }
     optimizer::check(r, c);
+    validation::check(r, c);
     check_sampling(r, c);
 }
 

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::Mistake;
+use crate::{Mistake, ValidationConfig};
 
 const SMALL: &str = r#"
 run.url = "../runs/a"
@@ -266,6 +266,48 @@ fn keys_of_the_diffusion_are_recorded_where_they_say_something() {
 }
 
 #[test]
+fn validation_is_there_with_its_url_and_says_what_it_measures() {
+    let config = load(SMALL, &[]).unwrap();
+    assert_eq!((config.validation.as_ref(), config.metrics()), (None, vec![]));
+    assert_eq!(config.to_json()["validation"], serde_json::Value::Null);
+    let config = load(SMALL, &["validation.url=../val", "checkpoint.keep_best=2"]).unwrap();
+    let validation = config.validation.clone().unwrap();
+    assert_eq!(validation, ValidationConfig::of("file:///home/ada/val".to_owned()));
+    let metrics = [("val_loss/ema".to_owned(), 1000), ("val_loss/model".to_owned(), 1000)];
+    assert_eq!(config.metrics(), metrics);
+    let read: ValidationConfig = serde_json::from_value(config.to_json()["validation"].clone()).unwrap();
+    assert_eq!(read, validation);
+    let config = load(SMALL, &["validation.url=/v", "validation.every_steps=0"]).unwrap();
+    assert_eq!(config.metrics(), vec![]);
+}
+
+#[test]
+fn validation_and_best_checkpoints_must_fit_together() {
+    for (given, key) in [
+        (&["validation.every_steps=5"][..], "validation.url"),
+        (&["validation.weights=[\"ema\"]"], "validation.url"),
+        (&["validation.url=/v", "validation.rows=9"], "validation.bins"),
+        (&["validation.url=/v", "validation.weights=[]"], "validation.weights"),
+        (&["validation.url=/v", "validation.weights=[\"ema\", \"emma\"]"], "validation.weights"),
+        (&["validation.url=/v", "validation.weights=[\"ema\", \"ema\"]"], "validation.weights"),
+        (&["checkpoint.keep_best=1"], "checkpoint.keep_best"),
+        (&["checkpoint.best_metric=val_loss/ema"], "checkpoint.best_metric"),
+        (&["checkpoint.keep_best=1", "validation.url=/v", "validation.every_steps=0"], "checkpoint.keep_best"),
+        (&["checkpoint.keep_best=1", "validation.url=/v", "validation.weights=[\"model\"]"], "checkpoint.keep_best"),
+        (&["checkpoint.best_metric=fid/ema", "validation.url=/v"], "checkpoint.best_metric"),
+        (&["checkpoint.keep_best=1", "validation.url=/v", "validation.every_steps=300"], "checkpoint.keep_best"),
+        (&["checkpoint.keep_every=1500"], "checkpoint.keep_every"),
+    ] {
+        assert_eq!(mistake(given).key, key, "{given:?}");
+    }
+    let refused = mistake(&["checkpoint.best_metric=fid/ema", "validation.url=/v"]);
+    assert!(refused.advice.contains("\"val_loss/ema\" or \"val_loss/model\""), "{refused}");
+    let fitting = ["checkpoint.keep_best=1", "checkpoint.best_metric=val_loss/model", "checkpoint.keep_every=5000"];
+    assert!(load(SMALL, &[&fitting[..], &["validation.url=/v", "validation.every_steps=500"]].concat()).is_ok());
+    assert!(load(SMALL, &["validation.url=/v", "validation.rows=5", "validation.draws=2"]).is_ok());
+}
+
+#[test]
 fn a_key_with_a_mistake_is_not_blamed_twice() {
     assert_eq!(mistake(&["model.num_heads=0"]).key, "model.num_heads");
     assert_eq!(mistake(&["model.preset=DiT-M/2", "model.input_size=9"]).key, "model.preset");
@@ -283,6 +325,8 @@ fn secrets_are_in_no_message_and_in_no_json() {
     let secret = "s3://key:hunter2@bucket/run?sig=hunter2";
     let config = load(SMALL, &[&format!("run.url={secret}")]).unwrap();
     assert_eq!(config.run.url, secret);
+    assert!(!config.to_json().to_string().contains("hunter2"));
+    let config = load(SMALL, &[&format!("validation.url={secret}")]).unwrap();
     assert!(!config.to_json().to_string().contains("hunter2"));
     let shown = mistake(&["data.url=http://key:hunter2@[::1/x"]).to_string();
     assert!(!shown.contains("hunter2"), "{shown}");

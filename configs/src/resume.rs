@@ -21,13 +21,14 @@ impl std::fmt::Display for KeyChange {
 
 /// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on and
 /// what is reported, not what is computed. The preset is only a name for dimensions, which are compared themselves.
-const FREE: [&str; 10] = [
+const FREE: [&str; 11] = [
     "run.",
     "data.url",
     "data.prefetch_bytes",
     "model.preset",
     "train.device",
     "checkpoint.",
+    "validation.",
     "sample.",
     "log.",
     "collective.",
@@ -45,7 +46,10 @@ pub fn changed_experiment_keys(old: &Value, new: &Value) -> Vec<KeyChange> {
     });
     let free = |key: &str| {
         (key == "train.steps" && !decays)
-            || FREE.iter().any(|free| key == *free || (free.ends_with('.') && key.starts_with(free)))
+            || FREE.iter().any(|free| {
+                // A section that only one side has is one change.
+                key == free.trim_end_matches('.') || (free.ends_with('.') && key.starts_with(free))
+            })
     };
     let mut changes = Vec::new();
     compare("", old, new, &mut changes);
@@ -123,6 +127,10 @@ mod tests {
             assert_eq!(changed(pointer, json!(7)), [""; 0], "{pointer}");
         }
         assert_eq!(changed("/train/steps", json!(7)), [""; 0]);
+        let mut with_validation = config();
+        with_validation["validation"] = json!({"url": "file:///v", "rows": 5});
+        assert_eq!(changed_experiment_keys(&config(), &with_validation), []);
+        assert_eq!(changed_experiment_keys(&with_validation, &config()), []);
         assert_eq!(changed("/model/preset", json!(null)), [""; 0]);
         assert_eq!(changed("/optimizer/lr", json!(0.00010000000000000002)), [""; 0]);
     }

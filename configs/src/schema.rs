@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::sampler::{GuidedChannels, Sampler};
+use crate::validation::ValidationConfig;
 
 /// Everything that a run needs to know.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -31,6 +32,9 @@ pub struct RunConfig {
     pub train: TrainConfig,
     /// When checkpoints are written and how many are kept.
     pub checkpoint: CheckpointConfig,
+    /// Held-out loss; `None` without `validation.url`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation: Option<ValidationConfig>,
     /// Sample grids during training, and defaults of `trainer sample`.
     pub sample: SampleConfig,
     /// Logging.
@@ -78,7 +82,7 @@ pub struct DataConfig {
 }
 
 /// `[data.columns]`: names of the parquet columns.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Columns {
     /// Latents that are used as they are; moments win where a file has both.
     pub latent: String,
@@ -370,8 +374,14 @@ pub enum OnDamaged {
 pub struct CheckpointConfig {
     /// Steps between checkpoints, at least 1; one more is written at the end and on a stop request.
     pub every_steps: u64,
-    /// Committed checkpoints that are kept, at least 2.
+    /// Newest checkpoints that are kept, at least 2.
     pub keep_last: usize,
+    /// Checkpoints of steps that are a multiple of this are kept for ever; 0 = none. A multiple of `every_steps`.
+    pub keep_every: u64,
+    /// Checkpoints with the best values of `best_metric` that are kept.
+    pub keep_best: usize,
+    /// A metric that is measured at every checkpoint, see [`RunConfig::metrics`].
+    pub best_metric: String,
     /// What a resume does when the newest checkpoint is damaged.
     pub on_damaged: OnDamaged,
 }
@@ -441,6 +451,9 @@ impl RunConfig {
         let mut shown = self.clone();
         shown.run.url = crate::location::redact(&self.run.url);
         shown.data.url = crate::location::redact(&self.data.url);
+        if let Some(validation) = &mut shown.validation {
+            validation.url = crate::location::redact(&validation.url);
+        }
         // Serialising to a Value fails only for maps with non-string keys and a path that is not UTF-8; the config
         // has no map, and `load` takes `sample.vae` from a TOML string.
         serde_json::to_value(&shown).unwrap_or(serde_json::Value::Null)

@@ -201,7 +201,11 @@ impl Watch {
             Event::Start { resumed_from, .. } => self.saved_step = *resumed_from,
             Event::Checkpoint { step, .. } | Event::Stop { step, .. } => self.saved_step = Some(*step),
             Event::Done { step, .. } => self.is_done = *step >= self.steps,
-            Event::Step { .. } | Event::Sample { .. } | Event::Sampling { .. } | Event::Sampled { .. } => {}
+            Event::Step { .. }
+            | Event::Sample { .. }
+            | Event::Validation { .. }
+            | Event::Sampling { .. }
+            | Event::Sampled { .. } => {}
         }
         self.console.event(event);
     }

@@ -3,9 +3,9 @@
 pub mod bench_step;
 pub mod checkpoints;
 pub mod digest;
+pub mod draws;
 pub mod evaluate;
 pub mod ranks;
-pub mod draws;
 pub mod sample;
 pub mod train;
 

@@ -2,8 +2,8 @@
 
 use configs::EmaConfig;
 
-/// Section of the average that sampling and validation use when nothing else is asked for.
-pub const MAIN: &str = "ema";
+pub use configs::validation::EMA_SECTION as MAIN;
+
 const POWER_PREFIX: &str = "ema_power_";
 
 /// One moving average of the weights.
@@ -42,15 +42,10 @@ impl Average {
     /// All that a config asks for, the main one first.
     pub fn of_config(config: &EmaConfig) -> Vec<Self> {
         let exponential = |decay| Rule::Exponential { decay, warmup: config.warmup };
-        let further = |&decay: &f64| Self { section: format!("{MAIN}_{decay}"), rule: exponential(decay) };
-        let power = |&sigma_rel: &f64| Self {
-            section: format!("{POWER_PREFIX}{sigma_rel}"),
-            rule: Rule::Power { gamma: gamma_of(sigma_rel) },
-        };
-        std::iter::once(Self { rule: exponential(config.decay), ..Self::main(config.decay) })
-            .chain(config.further_decays.iter().map(further))
-            .chain(config.power.iter().map(power))
-            .collect()
+        let further = config.further_decays.iter().map(|&decay| exponential(decay));
+        let power = config.power.iter().map(|&sigma_rel| Rule::Power { gamma: gamma_of(sigma_rel) });
+        let rules = std::iter::once(exponential(config.decay)).chain(further).chain(power);
+        config.sections().into_iter().zip(rules).map(|(section, rule)| Self { section, rule }).collect()
     }
 }
 

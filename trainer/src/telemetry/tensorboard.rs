@@ -1,6 +1,7 @@
 use super::journal::LogSink;
 use super::run_files::{RunFiles, RunFilesError};
 use configs::events::{Event, now};
+use configs::validation::loss_metric;
 use prost::Message;
 use std::fs::File;
 use std::io::Write;
@@ -102,31 +103,43 @@ impl TensorBoard {
     }
 }
 
+/// The step and the curves' points that an event has, by tag.
+fn scalars(event: &Event) -> (u64, Vec<(String, f64)>) {
+    match event {
+        Event::Step { step, epoch, loss, mse, vb, lr, grad_norm, images_per_s, data_wait_share, mfu, .. } => {
+            let scalars = [
+                ("loss/total", Some(*loss)),
+                ("loss/mse", Some(*mse)),
+                ("loss/vb", *vb),
+                ("optimizer/lr", Some(*lr)),
+                ("optimizer/grad_norm", Some(*grad_norm)),
+                ("throughput/images_per_s", Some(*images_per_s)),
+                ("throughput/data_wait_share", Some(*data_wait_share)),
+                ("throughput/mfu", *mfu),
+                ("progress/epoch", Some(*epoch as f64)),
+            ];
+            (*step, scalars.into_iter().filter_map(|(tag, value)| Some((tag.to_owned(), value?))).collect())
+        }
+        Event::Validation { step, weights, loss, parts, bins, .. } => {
+            let mut scalars = vec![(loss_metric(weights), *loss)];
+            scalars.extend(parts.iter().map(|(name, value)| (format!("val_{name}/{weights}"), *value)));
+            let bin = |(bin, value): (usize, &f64)| (format!("val_loss_by_time/{weights}/{bin:02}"), *value);
+            scalars.extend(bins.iter().enumerate().map(bin));
+            (*step, scalars)
+        }
+        _ => (0, Vec::new()),
+    }
+}
+
 fn masked_crc(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 impl LogSink for TensorBoard {
     fn event(&mut self, event: &Event) -> Result<(), RunFilesError> {
-        let Event::Step { step, epoch, loss, mse, vb, lr, grad_norm, images_per_s, data_wait_share, mfu, .. } = event
-        else {
-            return Ok(());
-        };
-        let scalars = [
-            ("loss/total", Some(*loss)),
-            ("loss/mse", Some(*mse)),
-            ("loss/vb", *vb),
-            ("optimizer/lr", Some(*lr)),
-            ("optimizer/grad_norm", Some(*grad_norm)),
-            ("throughput/images_per_s", Some(*images_per_s)),
-            ("throughput/data_wait_share", Some(*data_wait_share)),
-            ("throughput/mfu", *mfu),
-            ("progress/epoch", Some(*epoch as f64)),
-        ];
-        let value = |(tag, value): (&str, Option<f64>)| {
-            Some(SummaryValue { tag: tag.to_owned(), simple_value: Some(value? as f32), image: None })
-        };
-        self.record(*step, scalars.into_iter().filter_map(value).collect())
+        let (step, scalars) = scalars(event);
+        let value = |(tag, value): (String, f64)| SummaryValue { tag, simple_value: Some(value as f32), image: None };
+        if scalars.is_empty() { Ok(()) } else { self.record(step, scalars.into_iter().map(value).collect()) }
     }
 
     fn image(&mut self, step: u64, tag: &str, png: &[u8], size: (usize, usize)) -> Result<(), RunFilesError> {

@@ -1,0 +1,128 @@
+//! `[validation]`, and the metrics that the best checkpoints are chosen by.
+
+use std::path::Path;
+
+use super::{ANY, COUNT, optional_url};
+use crate::reader::Reader;
+use crate::schema::RunConfig;
+use crate::validation::ValidationConfig;
+
+/// Every key but the URL, without which they mean nothing.
+const KEYS: [&str; 7] = [
+    "validation.every_steps",
+    "validation.rows",
+    "validation.draws",
+    "validation.bins",
+    "validation.batch",
+    "validation.weights",
+    "validation.seed",
+];
+
+pub(super) fn read(r: &mut Reader, base: &Path) -> Option<ValidationConfig> {
+    let url = optional_url(r, "validation.url", base);
+    let given = r.given("validation.url");
+    let default = ValidationConfig::of(url.unwrap_or_default());
+    let config = ValidationConfig {
+        every_steps: r.integer("validation.every_steps", 0..=ANY, default.every_steps),
+        rows: r.integer("validation.rows", 1..=COUNT, default.rows as u64) as usize,
+        draws: r.integer("validation.draws", 1..=COUNT, default.draws as u64) as usize,
+        bins: r.integer("validation.bins", 1..=1000, default.bins as u64) as usize,
+        batch: r.integer("validation.batch", 1..=COUNT, default.batch as u64) as usize,
+        weights: match r.given("validation.weights") {
+            true => r.text_list("validation.weights"),
+            false => {
+                r.text_list("validation.weights");
+                default.weights
+            }
+        },
+        seed: r.integer("validation.seed", 0..=ANY, default.seed),
+        url: default.url,
+    };
+    given.then_some(config)
+}
+
+pub(super) fn check(r: &mut Reader, c: &RunConfig) {
+    match &c.validation {
+        Some(validation) => {
+            check_draws(r, validation);
+            check_weights(r, c, &validation.weights);
+        }
+        None => {
+            if let Some(key) = KEYS.into_iter().find(|key| r.given(key)) {
+                let problem = format!("is missing, which `{key}` means nothing without");
+                r.refuse("validation.url", problem, "set it to a data set of rows that are not trained on");
+            }
+        }
+    }
+    check_best(r, c);
+    let (keep_every, every_steps) = (c.checkpoint.keep_every, c.checkpoint.every_steps);
+    if r.sound(&["checkpoint.keep_every", "checkpoint.every_steps"]) && !keep_every.is_multiple_of(every_steps) {
+        r.refuse(
+            "checkpoint.keep_every",
+            format!(
+                "is not a multiple of checkpoint.every_steps = {every_steps}, so that those steps have no checkpoint"
+            ),
+            format!("use {}", keep_every.next_multiple_of(every_steps)),
+        );
+    }
+}
+
+fn check_draws(r: &mut Reader, validation: &ValidationConfig) {
+    let ValidationConfig { rows, draws, bins, .. } = validation;
+    if r.sound(&["validation.rows", "validation.draws", "validation.bins"]) && rows.saturating_mul(*draws) < *bins {
+        r.refuse(
+            "validation.bins",
+            format!("is more than validation.rows × validation.draws = {}, so that some have no draw", rows * draws),
+            "use fewer bins, more rows or more draws",
+        );
+    }
+}
+
+fn check_weights(r: &mut Reader, c: &RunConfig, weights: &[String]) {
+    if !r.sound(&["validation.weights", "ema.further_decays", "ema.power"]) {
+        return;
+    }
+    let sections = c.weight_sections();
+    let names: Vec<String> = sections.iter().map(|name| format!("\"{name}\"")).collect();
+    let advice = format!("use some of {}", names.join(", "));
+    if weights.is_empty() {
+        r.refuse("validation.weights", "names no weights", advice);
+    } else if let Some(unknown) = weights.iter().find(|name| !sections.contains(name)) {
+        r.refuse("validation.weights", format!("has \"{unknown}\", which no checkpoint of this run has"), advice);
+    } else if (1..weights.len()).any(|index| weights[..index].contains(&weights[index])) {
+        r.refuse("validation.weights", "names weights twice", advice);
+    }
+}
+
+/// The metric that the best checkpoints are chosen by must be measured at every checkpoint.
+fn check_best(r: &mut Reader, c: &RunConfig) {
+    let (metric, keep_best) = (&c.checkpoint.best_metric, c.checkpoint.keep_best);
+    let keys = ["checkpoint.best_metric", "checkpoint.keep_best", "checkpoint.every_steps"];
+    let measured = ["validation.url", "validation.every_steps", "validation.weights"];
+    let asked_for = keep_best > 0 || r.given("checkpoint.best_metric");
+    if !asked_for || !r.sound(&keys) || !r.sound(&measured) {
+        return;
+    }
+    let key = if r.given("checkpoint.best_metric") { "checkpoint.best_metric" } else { "checkpoint.keep_best" };
+    let metrics = c.metrics();
+    let Some((_, every)) = metrics.iter().find(|(name, _)| name == metric) else {
+        let names: Vec<String> = metrics.iter().map(|(name, _)| format!("\"{name}\"")).collect();
+        let advice = match names.is_empty() {
+            true => "set validation.url and validation.every_steps".to_owned(),
+            false => format!("set checkpoint.best_metric to {}", names.join(" or ")),
+        };
+        r.refuse(key, format!("needs the metric \"{metric}\", which this run does not measure"), advice);
+        return;
+    };
+    let every_steps = c.checkpoint.every_steps;
+    if !every_steps.is_multiple_of(*every) {
+        r.refuse(
+            key,
+            format!(
+                "needs \"{metric}\" at every checkpoint, but it is measured every {every} steps and \
+                 checkpoint.every_steps = {every_steps} is no multiple of that"
+            ),
+            format!("measure every {every_steps} steps, or at a divisor of that"),
+        );
+    }
+}
