@@ -169,19 +169,6 @@ impl<'a> Reader<'a> {
         tables.into_iter().enumerate().map(&mut read_one).collect()
     }
 
-    /// An array of strings, none of them empty; empty when not given.
-    pub(crate) fn text_list(&mut self, key: &'static str) -> Vec<String> {
-        let Some(value) = self.take(key) else { return Vec::new() };
-        let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
-        match value.as_array().and_then(|array| array.iter().map(text).collect()) {
-            Some(texts) => texts,
-            None => {
-                self.refuse(key, "is not an array of names", "write strings in brackets, such as [\"*.bias\"]");
-                Vec::new()
-            }
-        }
-    }
-
     pub(crate) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
         match self.take(key) {
             None => default,

@@ -22,19 +22,14 @@ pub(super) fn read(r: &mut Reader, base: &Path) -> Option<ValidationConfig> {
     let url = optional_url(r, "validation.url", base);
     let given = r.given("validation.url");
     let default = ValidationConfig::of(url.unwrap_or_default());
+    let weights = r.text_list("validation.weights");
     let config = ValidationConfig {
         every_steps: r.integer("validation.every_steps", 0..=ANY, default.every_steps),
         rows: r.integer("validation.rows", 1..=COUNT, default.rows as u64) as usize,
         draws: r.integer("validation.draws", 1..=COUNT, default.draws as u64) as usize,
         bins: r.integer("validation.bins", 1..=1000, default.bins as u64) as usize,
         batch: r.integer("validation.batch", 1..=COUNT, default.batch as u64) as usize,
-        weights: match r.given("validation.weights") {
-            true => r.text_list("validation.weights"),
-            false => {
-                r.text_list("validation.weights");
-                default.weights
-            }
-        },
+        weights: if r.given("validation.weights") { weights } else { default.weights },
         seed: r.integer("validation.seed", 0..=ANY, default.seed),
         url: default.url,
     };
