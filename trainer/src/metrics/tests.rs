@@ -18,6 +18,8 @@ fn hashed(x: u32) -> u32 {
 
 /// The tensors of `bench/inception.py`; names and shapes are those that the network asks for.
 fn made_up_weights() -> BTreeMap<String, Tensor> {
+    // Tests run side by side.
+    tch::set_num_threads(1);
     let Err(MetricsError::Weights { problems, .. }) = Inception::from_weights(BTreeMap::new(), Device::Cpu) else {
         panic!("an empty file must be refused")
     };
