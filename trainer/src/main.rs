@@ -27,6 +27,8 @@ enum Command {
     Digest(commands::digest::DigestArgs),
     /// Everything that a run of a config starts from and draws, for training the same in another program.
     Draws(commands::draws::DrawsArgs),
+    /// A moving average of any width from those in a run's checkpoints.
+    Ema(commands::ema::EmaArgs),
     /// Times the training step on made-up latents.
     BenchStep(commands::bench_step::BenchStepArgs),
 }
@@ -40,6 +42,7 @@ fn main() {
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
         Command::Draws(args) => commands::draws::draws(&args).map(|()| 0),
+        Command::Ema(args) => commands::ema::ema(&args).map(|()| 0),
         Command::BenchStep(args) => commands::bench_step::bench_step(&args).map(|()| 0),
     };
     std::process::exit(outcome.unwrap_or_else(|error| {

@@ -1,6 +1,7 @@
 //! The real programs on a tiny experiment: same bits on any number of ranks, killed or not; clear errors for bad input.
 #![allow(clippy::unwrap_used)]
 
+mod averages;
 mod bad_input;
 mod checkpoints;
 mod crashes;

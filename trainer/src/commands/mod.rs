@@ -6,6 +6,8 @@ pub mod digest;
 pub mod draws;
 pub mod evaluate;
 pub mod ranks;
+pub mod draws;
+pub mod ema;
 pub mod sample;
 pub mod train;
 

@@ -1,4 +1,8 @@
 //! Moving averages of the weights: which ones a run keeps, and how much of the old average each update leaves.
+//!
+//! [`posthoc`] makes averages of other widths out of stored power-function averages.
+
+pub mod posthoc;
 
 use configs::EmaConfig;
 
