@@ -4,10 +4,9 @@ pub mod bench_step;
 pub mod checkpoints;
 pub mod digest;
 pub mod draws;
+pub mod ema;
 pub mod evaluate;
 pub mod ranks;
-pub mod draws;
-pub mod ema;
 pub mod sample;
 pub mod train;
 
