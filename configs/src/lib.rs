@@ -36,8 +36,6 @@ pub use resume::{KeyChange, changed_experiment_keys};
 pub use sampler::{GuidedChannels, Sampler};
 pub use schema::*;
 pub use schema::{
-    CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
-    DiffusionConfig, EmaConfig, LogConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig,
-    RunLocation, SampleConfig, Schedule, TimestepSampling, TrainConfig,
+    Adapt, CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device, DiffusionConfig, EmaConfig, InitClasses, InitConfig, InitPositions, LogConfig, LoraConfig, ModelConfig, Objective, OnDamaged, OptimizerConfig, Reduction, RunConfig, RunLocation, SampleConfig, Schedule, TimestepSampling, TrainConfig,
 };
 pub use validation::ValidationConfig;

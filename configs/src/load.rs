@@ -14,6 +14,7 @@ use crate::validation::loss_metric;
 use crate::{location, overrides, presets};
 
 mod diffusion;
+mod finetune;
 mod optimizer;
 mod validation;
 
@@ -102,7 +103,10 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
                 &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)],
                 Device::Auto,
             ),
+            freeze: r.text_list("train.freeze"),
         },
+        init: finetune::read_init(r, base),
+        lora: finetune::read_lora(r),
         checkpoint: CheckpointConfig {
             every_steps: r.integer("checkpoint.every_steps", 1..=ANY, 1000),
             keep_last: r.integer("checkpoint.keep_last", 2..=COUNT, 3) as usize,

@@ -345,6 +345,53 @@ fn json_is_nested_by_section_and_reads_like_the_file() {
     assert_eq!(json.pointer("/seed"), Some(&serde_json::json!(0)));
 }
 
+const FINE_TUNING: &str = r#"
+[init]
+from = "../runs/base"
+classes = "new"
+positions = "interpolate"
+[lora]
+rank = 8
+also_train = ["y_embedder.*"]
+"#;
+
+#[test]
+fn fine_tuning_has_its_sections() {
+    let config = load(SMALL, &[]).unwrap();
+    assert_eq!((&config.init, &config.lora, config.train.freeze.is_empty()), (&None, &None, true));
+    let json = config.to_json();
+    assert!(json.get("init").is_none() && json.get("lora").is_none() && json["train"].get("freeze").is_none());
+
+    let config = load(&format!("{SMALL}{FINE_TUNING}"), &["train.freeze=[\"blocks.0.*\"]"]).unwrap();
+    let (init, lora) = (config.init.clone().unwrap(), config.lora.clone().unwrap());
+    assert_eq!((init.from.as_str(), init.weights.as_str()), ("file:///home/ada/runs/base", "ema"));
+    assert_eq!((init.classes, init.positions), (InitClasses::New, Some(InitPositions::Interpolate)));
+    assert_eq!((init.null_class, init.learn_sigma), (Adapt::Keep, Adapt::Keep));
+    assert_eq!((lora.rank, lora.alpha, lora.scale()), (8, 8.0, 1.0));
+    assert_eq!(lora.targets, ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]);
+    assert_eq!(config.train.freeze, ["blocks.0.*"]);
+    let recorded: LoraConfig = serde_json::from_value(config.to_json()["lora"].clone()).unwrap();
+    assert_eq!(recorded, lora);
+    let secret = load(&format!("{SMALL}{FINE_TUNING}"), &["init.from=s3://key:hunter2@bucket/run"]).unwrap();
+    assert!(!secret.to_json().to_string().contains("hunter2"));
+}
+
+#[test]
+fn fine_tuning_keys_without_what_they_belong_to_are_refused() {
+    for (given, key) in [
+        ("init.classes=new", "init.from"),
+        ("lora.alpha=2", "lora.rank"),
+        ("init.from=", "init.from"),
+        ("train.freeze=blocks", "train.freeze"),
+        ("train.freeze=[1]", "train.freeze"),
+    ] {
+        assert_eq!(mistake(&[given]).key, key, "{given}");
+    }
+    let mistakes = load(&format!("{SMALL}{FINE_TUNING}"), &["lora.targets=[]", "init.positions=stretch"]).unwrap_err();
+    let keys: Vec<&str> = mistakes.iter().map(|mistake| mistake.key.as_str()).collect();
+    assert_eq!(keys, ["init.positions", "lora.targets"]);
+}
+
 #[test]
 fn a_key_younger_than_recorded_runs_is_recorded_only_where_it_says_something() {
     let recorded = |given: &[&str]| load(SMALL, given).unwrap().to_json().pointer("/model/conditioning").cloned();

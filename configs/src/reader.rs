@@ -136,19 +136,6 @@ impl<'a> Reader<'a> {
         None
     }
 
-    /// An array of strings, none of them empty; empty when not given.
-    pub(crate) fn text_list(&mut self, key: &'static str) -> Vec<String> {
-        let Some(value) = self.take(key) else { return Vec::new() };
-        let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
-        match value.as_array().and_then(|array| array.iter().map(text).collect()) {
-            Some(texts) => texts,
-            None => {
-                self.refuse(key, "is not an array of names", "write strings in brackets, such as [\"*.bias\"]");
-                Vec::new()
-            }
-        }
-    }
-
     /// An array of tables (`[[key]]`), each read by `read` with a reader of its own; empty when not given.
     pub(crate) fn tables<T>(&mut self, key: &'static str, read: impl Fn(&mut Reader) -> T) -> Vec<T> {
         let Some(value) = self.take(key) else { return Vec::new() };
@@ -167,6 +154,21 @@ impl<'a> Reader<'a> {
             read
         };
         tables.into_iter().enumerate().map(&mut read_one).collect()
+    }
+
+    /// An array of strings, none of them empty; empty when not given.
+    pub(crate) fn text_list(&mut self, key: &'static str) -> Vec<String> {
+        self.optional_text_list(key).unwrap_or_default()
+    }
+
+    /// An array of strings, none of them empty.
+    pub(crate) fn optional_text_list(&mut self, key: &'static str) -> Option<Vec<String>> {
+        let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+        let texts = self.take(key)?.as_array().and_then(|array| array.iter().map(text).collect());
+        if texts.is_none() {
+            self.refuse(key, "is not an array of names", "write strings in brackets, such as [\"*.bias\"]");
+        }
+        texts
     }
 
     pub(crate) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
@@ -198,15 +200,18 @@ impl<'a> Reader<'a> {
 
     /// One of a few words.
     pub(crate) fn choice<T: Copy>(&mut self, key: &'static str, choices: &[(&str, T)], default: T) -> T {
-        let Some(text) = self.optional_text(key) else {
-            return default;
-        };
+        self.optional_choice(key, choices).unwrap_or(default)
+    }
+
+    /// One of a few words, or nothing.
+    pub(crate) fn optional_choice<T: Copy>(&mut self, key: &'static str, choices: &[(&str, T)]) -> Option<T> {
+        let text = self.optional_text(key)?;
         if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == text) {
-            return *choice;
+            return Some(*choice);
         }
         let names: Vec<String> = choices.iter().map(|(name, _)| format!("\"{name}\"")).collect();
         self.refuse(key, "is not one of the choices", format!("use {}", names.join(" or ")));
-        default
+        None
     }
 
     /// Notes a mistake if the key is missing.

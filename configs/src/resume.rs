@@ -19,10 +19,13 @@ impl std::fmt::Display for KeyChange {
     }
 }
 
-/// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on and
-/// what is reported, not what is computed. The preset is only a name for dimensions, which are compared themselves.
-const FREE: [&str; 11] = [
+/// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on, where
+/// it came from and what is reported, not what is computed. The preset is only a name for dimensions, which are compared
+/// themselves.
+const FREE: [&str; 13] = [
     "run.",
+    "init",
+    "init.",
     "data.url",
     "data.prefetch_bytes",
     "model.preset",
@@ -133,6 +136,21 @@ mod tests {
         assert_eq!(changed_experiment_keys(&with_validation, &config()), []);
         assert_eq!(changed("/model/preset", json!(null)), [""; 0]);
         assert_eq!(changed("/optimizer/lr", json!(0.00010000000000000002)), [""; 0]);
+    }
+
+    #[test]
+    fn where_the_first_weights_came_from_may_change_or_be_left_out() {
+        let mut old = config();
+        old["init"] = json!({"from": "file:///a", "classes": "new"});
+        let mut new = old.clone();
+        new["init"]["from"] = json!("file:///b");
+        for new in [new, config()] {
+            assert_eq!(changed_experiment_keys(&old, &new), []);
+            assert_eq!(changed_experiment_keys(&new, &old), []);
+        }
+        new = old.clone();
+        new["lora"] = json!({"rank": 4});
+        assert_eq!(changed_experiment_keys(&old, &new)[0].key, "lora");
     }
 
     #[test]

@@ -30,6 +30,12 @@ pub struct RunConfig {
     pub ema: EmaConfig,
     /// Length and batch geometry of the run.
     pub train: TrainConfig,
+    /// Where the first weights come from; `None`: drawn from the seed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<InitConfig>,
+    /// Train low-rank adapters in place of the weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
     /// When checkpoints are written and how many are kept.
     pub checkpoint: CheckpointConfig,
     /// Held-out loss; `None` without `validation.url`.
@@ -357,6 +363,77 @@ pub struct TrainConfig {
     pub threads_per_rank: usize,
     /// Where a rank computes.
     pub device: Device,
+    /// Glob patterns over the names of parameters that are not trained; each matches at least one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub freeze: Vec<String>,
+}
+
+/// `[init]`: the first start of a run takes its weights from elsewhere. A resume ignores it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct InitConfig {
+    /// Absolute URL of a run, a checkpoint, a file or a diffusers folder; required. May hold credentials.
+    pub from: String,
+    /// Which weights, where the source has several: `ema` or `model`, or another section of a checkpoint.
+    pub weights: String,
+    /// The rows of the label table that stand for classes.
+    pub classes: InitClasses,
+    /// The row of the null class, where only one of source and model has it.
+    pub null_class: Adapt,
+    /// The position table, where the grid of tokens differs; `None`: refused then.
+    pub positions: Option<InitPositions>,
+    /// The output channels of the variance, where only one of source and model has them.
+    pub learn_sigma: Adapt,
+}
+
+/// `init.classes`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitClasses {
+    /// Those of the source; it must have as many.
+    Keep,
+    /// Freshly initialised.
+    New,
+}
+
+/// What becomes of a part that only one of source and model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Adapt {
+    /// Refuse: both must have it or neither.
+    Keep,
+    /// Freshly initialised where the source lacks it, left out where the model lacks it.
+    Adapt,
+}
+
+/// `init.positions`: where the source's grid of tokens has another side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitPositions {
+    /// The new grid covers what the old one did: token i lies at i·(old side / new side).
+    Interpolate,
+    /// Tokens keep their distance of 1; the new grid covers more or less than the old one.
+    Extend,
+}
+
+/// `[lora]`: low-rank adapters.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    /// Inner dimension, at least 1.
+    pub rank: usize,
+    /// The adapters count alpha / rank. Above 0.
+    pub alpha: f64,
+    /// Linear layers with an adapter, by the end of their path; `*` and `?` as in patterns. At least one.
+    pub targets: Vec<String>,
+    /// Glob patterns over further parameters that are trained as they are.
+    #[serde(default)]
+    pub also_train: Vec<String>,
+}
+
+impl LoraConfig {
+    /// What B·A is multiplied with.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
 }
 
 /// `checkpoint.on_damaged`: what a resume does when the newest checkpoint fails its verification.
@@ -453,6 +530,9 @@ impl RunConfig {
         shown.data.url = crate::location::redact(&self.data.url);
         if let Some(validation) = &mut shown.validation {
             validation.url = crate::location::redact(&validation.url);
+        }
+        if let Some(init) = &mut shown.init {
+            init.from = crate::location::redact(&init.from);
         }
         // Serialising to a Value fails only for maps with non-string keys and a path that is not UTF-8; the config
         // has no map, and `load` takes `sample.vae` from a TOML string.

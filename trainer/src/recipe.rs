@@ -4,10 +4,10 @@ use crate::diffusion::{
     FlowMatching, Gaussian, Objective, Prediction, Process, Respacing, Schedule, Tables, TimestepSampling,
     zero_terminal_snr,
 };
-use crate::model::Model;
 use crate::model::dit::{Conditioning, Dit, DitConfig};
+use crate::model::{Model, freeze::freeze, lora::adapt};
 use crate::vae::AutoencoderKl;
-use configs::{DiffusionConfig, RunConfig};
+use configs::{DiffusionConfig, LoraConfig, RunConfig};
 use data_loader::LatentDataset;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -26,6 +26,20 @@ pub struct Recipe {
     pub dataset: DatasetRecord,
     /// What sampling needs by default.
     pub sample: SampleRecipe,
+    /// Adapters on the model.
+    #[serde(default)]
+    pub lora: Option<LoraConfig>,
+    /// What of it is trained.
+    #[serde(default)]
+    pub train: TrainRecipe,
+}
+
+/// What of the model is trained.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainRecipe {
+    /// Patterns of parameters that are not.
+    #[serde(default)]
+    pub freeze: Vec<String>,
 }
 
 /// What makes a data set another one as far as a run is concerned.
@@ -63,13 +77,20 @@ pub enum RecipeError {
     /// The model's dimensions.
     #[error(transparent)]
     Model(#[from] crate::model::dit::DitConfigError),
+    /// Adapters that the model cannot have.
+    #[error(transparent)]
+    Lora(#[from] crate::model::lora::LoraError),
+    /// Patterns that match no parameter.
+    #[error(transparent)]
+    Patterns(#[from] crate::model::patterns::PatternError),
 }
 
 impl Recipe {
     /// Fills in what the config leaves to the data set.
     ///
     /// # Errors
-    /// [`RecipeError::Contradiction`] lists every key that contradicts the data set's metadata.
+    /// [`RecipeError::Contradiction`] lists every key that contradicts the data set's metadata; those of
+    /// [`Recipe::build_model`].
     pub fn resolve(config: &RunConfig, dataset: &LatentDataset, scaling_factor: f64) -> Result<Self, RecipeError> {
         let meta = dataset.meta();
         let mut problems = Vec::new();
@@ -114,15 +135,10 @@ impl Recipe {
             },
             numerics: Default::default(),
         };
-        if problems.is_empty()
-            && let Err(error) = Dit::new(model.clone())
-        {
-            problems.push(error.to_string());
-        }
         if !problems.is_empty() {
             return Err(RecipeError::Contradiction(problems));
         }
-        Ok(Self {
+        let recipe = Self {
             model,
             diffusion: config.diffusion.clone(),
             dataset: DatasetRecord {
@@ -133,7 +149,14 @@ impl Recipe {
                 layout_sha256: Some(dataset.layout_sha256()),
             },
             sample: SampleRecipe { vae: config.sample.vae.clone() },
-        })
+            lora: config.lora.clone(),
+            train: TrainRecipe { freeze: config.train.freeze.clone() },
+        };
+        if recipe.build_model()?.named_params().iter().any(|(_, spec)| spec.trainable) {
+            return Ok(recipe);
+        }
+        let problem = format!("`train.freeze` = {:?} leaves nothing to train; take something out", recipe.train.freeze);
+        Err(RecipeError::Contradiction(vec![problem]))
     }
 
     /// Reads the recipe out of a manifest's config.
@@ -173,12 +196,17 @@ impl Recipe {
         })
     }
 
-    /// The model.
+    /// The model with its adapters.
     ///
     /// # Errors
-    /// When the dimensions do not fit together (a manifest can say anything).
+    /// When dimensions, adapters and patterns do not fit together (a manifest can say anything).
     pub fn build_model(&self) -> Result<Arc<dyn Model>, RecipeError> {
-        Ok(Arc::new(Dit::new(self.model.clone())?))
+        let base: Arc<dyn Model> = Arc::new(Dit::new(self.model.clone())?);
+        let adapted = match &self.lora {
+            Some(lora) => adapt(base, lora)?,
+            None => base,
+        };
+        Ok(freeze(adapted, &self.train.freeze)?)
     }
 
     /// What a sampler has to reverse.

@@ -32,9 +32,8 @@ impl Tape {
     /// Runs the next segment.
     pub fn forward(&mut self, segment: &dyn Segment, weights: &Weights) {
         let Some(previous) = self.records.last() else { return };
-        let first = self.records.len() == 1;
-        // The data that enter the first segment need no gradient; everything between two segments does.
-        let leaf = |tensor: &Tensor| if first { tensor.detach() } else { tensor.detach().set_requires_grad(true) };
+        // What depends on no trainable parameter (the data, and what frozen segments make of them) needs no gradient.
+        let leaf = |tensor: &Tensor| tensor.detach().set_requires_grad(tensor.requires_grad());
         let context =
             if previous.output.context.is_empty() { &previous.input.context } else { &previous.output.context };
         let input = Flow {
@@ -65,17 +64,24 @@ impl Backward {
     /// What autograd reports.
     pub fn segment(&mut self, parameters: &[Tensor]) -> Result<Vec<Option<Tensor>>, TorchError> {
         let Some(Record { input, output }) = self.records.pop() else { return Ok(Vec::new()) };
-        let mut outputs: Vec<&Tensor> = output.state.iter().collect();
-        let mut output_grads: Vec<&Tensor> = self.state.iter().collect();
-        let makes_context = !output.context.is_empty();
-        if makes_context {
-            outputs.extend(&output.context);
-            output_grads.extend(&self.context);
-        }
-        let leaves = |tensors: &[Tensor]| -> Vec<Tensor> {
+        // Gradients are held for those tensors between two segments that need one, see [`Tape::forward`].
+        let needing = |tensors: &[Tensor]| -> Vec<Tensor> {
             tensors.iter().filter(|tensor| tensor.requires_grad()).map(Tensor::shallow_clone).collect()
         };
-        let (state, context) = (leaves(&input.state), leaves(&input.context));
+        let makes_context = !output.context.is_empty();
+        let mut outputs = needing(&output.state);
+        let mut output_grads: Vec<&Tensor> = self.state.iter().collect();
+        if makes_context {
+            outputs.extend(needing(&output.context));
+            output_grads.extend(&self.context);
+        }
+        if outputs.is_empty() {
+            // Frozen, and so is everything before it.
+            (self.state, self.context) = (Vec::new(), Vec::new());
+            return Ok(parameters.iter().map(|_| None).collect());
+        }
+        let outputs: Vec<&Tensor> = outputs.iter().collect();
+        let (state, context) = (needing(&input.state), needing(&input.context));
         let inputs: Vec<&Tensor> = parameters.iter().chain(&state).chain(&context).collect();
         let mut grads = ffi::grad(&outputs, &output_grads, &inputs)?;
         let or_zero = |(grad, leaf): (Option<Tensor>, &Tensor)| grad.unwrap_or_else(|| leaf.zeros_like());

@@ -14,6 +14,11 @@ pub enum Init {
         /// Standard deviation.
         std: f64,
     },
+    /// Uniform in ±bound.
+    Uniform {
+        /// Largest absolute value.
+        bound: f64,
+    },
     /// Uniform in ±sqrt(6 / (fan_in + fan_out)).
     XavierUniform {
         /// Inputs of one output.
@@ -41,15 +46,17 @@ pub fn initial_values(seed: u64, name: &str, init: &Init, numel: usize) -> Vec<f
             values.iter_mut().for_each(|value| *value *= *std as f32);
             values
         }
-        Init::XavierUniform { fan_in, fan_out } => {
-            let bound = (6.0 / (fan_in + fan_out) as f64).sqrt() as f32;
-            let mut rng = key.rng();
-            match Uniform::new_inclusive(-bound, bound) {
-                Ok(uniform) => (0..numel).map(|_| uniform.sample(&mut rng)).collect(),
-                Err(_) => vec![0.0; numel],
-            }
-        }
+        Init::Uniform { bound } => uniform(key, *bound as f32, numel),
+        Init::XavierUniform { fan_in, fan_out } => uniform(key, (6.0 / (fan_in + fan_out) as f64).sqrt() as f32, numel),
         Init::Table(values) => values.clone(),
+    }
+}
+
+fn uniform(key: Key, bound: f32, numel: usize) -> Vec<f32> {
+    let mut rng = key.rng();
+    match Uniform::new_inclusive(-bound, bound) {
+        Ok(uniform) => (0..numel).map(|_| uniform.sample(&mut rng)).collect(),
+        Err(_) => vec![0.0; numel],
     }
 }
 

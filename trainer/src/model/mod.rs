@@ -4,9 +4,12 @@
 //! ones read. The engine owns the weights: each segment's parameters lie in one flat buffer, its bucket. Backward runs
 //! segment by segment, last to first, so the engine knows when a bucket's gradient is complete.
 
+mod derived;
 pub mod dit;
 mod embed;
+pub mod freeze;
 mod init;
+pub mod lora;
 pub mod patterns;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -58,6 +61,14 @@ impl Weights {
     /// From (name inside the segment, tensor).
     pub fn new(tensors: impl IntoIterator<Item = (String, Tensor)>) -> Self {
         Self(tensors.into_iter().collect())
+    }
+
+    /// These, with some in place of others.
+    fn with(&self, replaced: impl IntoIterator<Item = (String, Tensor)>) -> Self {
+        let mut tensors: HashMap<String, Tensor> =
+            self.0.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        tensors.extend(replaced);
+        Self(tensors)
     }
 }
 
