@@ -23,6 +23,10 @@ enum Command {
     Evaluate(commands::evaluate::EvaluateArgs),
     /// Lists, verifies, tidies up and removes the checkpoints of a run.
     Checkpoints(commands::checkpoints::CheckpointsArgs),
+    /// A run that goes on from a checkpoint of the official code, SiT, diffusers or a safetensors file.
+    Import(commands::import::ImportArgs),
+    /// A checkpoint as PyTorch, safetensors or diffusers read it.
+    Export(commands::export::ExportArgs),
     /// SHA-256 of a checkpoint's values.
     Digest(commands::digest::DigestArgs),
     /// Everything that a run of a config starts from and draws, for training the same in another program.
@@ -40,6 +44,8 @@ fn main() {
         Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Sample(args) => commands::sample::sample(&args),
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
+        Command::Import(args) => commands::import::import(&args).map(|()| 0),
+        Command::Export(args) => commands::export::export(&args).map(|()| 0),
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
         Command::Draws(args) => commands::draws::draws(&args).map(|()| 0),
         Command::Ema(args) => commands::ema::ema(&args).map(|()| 0),

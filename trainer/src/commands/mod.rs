@@ -7,6 +7,8 @@ pub mod draws;
 pub mod ema;
 pub mod evaluate;
 pub mod ranks;
+pub mod export;
+pub mod import;
 pub mod sample;
 pub mod train;
 

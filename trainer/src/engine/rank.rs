@@ -141,12 +141,21 @@ impl Prepared {
         tch::set_num_interop_threads(1);
         ffi::set_deterministic()?;
         let device = choose_device(config.train.device, collective)?;
-        let dataset = LatentDataset::open(&config.data.url, &config.data.columns).context("`data.url`")?;
-        let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
-        let recipe = Recipe::resolve(config, &dataset, scaling_factor)?;
+        let (dataset, recipe) = open_data(config)?;
         let store = RunStore::open(&config.run.url).context("`run.url`")?;
         Ok(Self { recipe, device, dataset: Arc::new(dataset), block, store })
     }
+}
+
+/// Opens the data set of a config, which reads its metadata only, and settles what the config leaves to it.
+///
+/// # Errors
+/// A data set that cannot be read or contradicts the config.
+pub fn open_data(config: &RunConfig) -> Result<(LatentDataset, Recipe)> {
+    let dataset = LatentDataset::open(&config.data.url, &config.data.columns).context("`data.url`")?;
+    let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
+    let recipe = Recipe::resolve(config, &dataset, scaling_factor)?;
+    Ok((dataset, recipe))
 }
 
 /// Refuses to start unless all ranks have read the same config and found the same files.

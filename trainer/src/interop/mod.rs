@@ -6,9 +6,11 @@ pub mod diffusers;
 mod error;
 pub mod file;
 pub mod official;
+pub mod origin;
 pub mod run;
 pub mod safetensors;
 pub mod torch_file;
+pub mod train_file;
 pub mod values;
 
 pub use error::InteropError;
