@@ -27,6 +27,8 @@ enum Command {
     Import(commands::import::ImportArgs),
     /// A checkpoint as PyTorch, safetensors or diffusers read it.
     Export(commands::export::ExportArgs),
+    /// What is in a checkpoint or file of weights: step, config, tensors and their statistics.
+    Inspect(commands::inspect::InspectArgs),
     /// SHA-256 of a checkpoint's values.
     Digest(commands::digest::DigestArgs),
     /// Everything that a run of a config starts from and draws, for training the same in another program.
@@ -46,6 +48,7 @@ fn main() {
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
         Command::Import(args) => commands::import::import(&args).map(|()| 0),
         Command::Export(args) => commands::export::export(&args).map(|()| 0),
+        Command::Inspect(args) => commands::inspect::inspect(&args).map(|()| 0),
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
         Command::Draws(args) => commands::draws::draws(&args).map(|()| 0),
         Command::Ema(args) => commands::ema::ema(&args).map(|()| 0),

@@ -6,6 +6,7 @@ mod bad_input;
 mod checkpoints;
 mod crashes;
 mod experiment;
+mod interop;
 mod same_bits;
 mod sampling;
 mod stopping;

@@ -6,9 +6,10 @@ pub mod digest;
 pub mod draws;
 pub mod ema;
 pub mod evaluate;
-pub mod ranks;
 pub mod export;
 pub mod import;
+pub mod inspect;
+pub mod ranks;
 pub mod sample;
 pub mod train;
 

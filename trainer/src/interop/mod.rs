@@ -9,6 +9,7 @@ pub mod official;
 pub mod origin;
 pub mod run;
 pub mod safetensors;
+pub mod summary;
 pub mod torch_file;
 pub mod train_file;
 pub mod values;
