@@ -197,6 +197,10 @@ fn a_changed_value_fails_and_is_named() {
         }),
         ("diffusers_dit", "`out/diffusers_stock`", &|parts| parts.change("out/diffusers_stock", 9, off)),
         ("diffusers_dit", "`out/diffusers_freqshift0`", &|parts| parts.change("out/diffusers_freqshift0", 9, off)),
+        ("sit", "`out/u_t`", &|parts| parts.change("in/x0", 3, off)),
+        ("sit", "`out/t_emb`", &|parts| parts.change("in/t", 1, |t| t / 2.0)),
+        ("sit", "`out/mean_loss`", &|parts| parts.change("out/mean_loss", 0, |v| v * 1.001)),
+        ("sit", "`grad/final_layer.linear.bias`", &|parts| parts.change("grad/final_layer.linear.bias", 5, off)),
         ("vae", "`out/dec/up1`", &|parts| parts.change("weights/decoder.up_blocks.1.resnets.0.conv1.weight", 2, off)),
         ("vae_legacy_names", "`out/enc/mid_attn`", &|parts| {
             parts.change("encoder.mid_block.attentions.0.query.weight", 2, |v| v + 1.0)
@@ -239,6 +243,9 @@ fn a_missing_or_superfluous_tensor_fails_and_is_named() {
         ("sit", "`out/ode_rk4_6_cfgnone/x_points`", &without("out/ode_rk4_6_cfgnone/x_points")),
         ("diffusers_dit", "proj_out_2.bias: missing", &without("diffusers/proj_out_2.bias")),
         ("diffusers_dit", "`out/diffusers_normeps1e-6`", &without("out/diffusers_normeps1e-6")),
+        ("sit", "`in/x1`", &without("in/x1")),
+        ("sit", "`out/pred`", &without("out/pred")),
+        ("sit", "`grad/blocks.0.attn.proj.bias`", &without("grad/blocks.0.attn.proj.bias")),
         ("vae", "`out/enc/down0`", &without("out/enc/down0")),
         ("vae", "quant_conv.bias", &without("weights/quant_conv.bias")),
         ("vae_legacy_names", "decoder.conv_out.bias", &without("decoder.conv_out.bias")),

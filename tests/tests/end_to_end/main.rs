@@ -7,6 +7,7 @@ mod checkpoints;
 mod crashes;
 mod experiment;
 mod interop;
+mod objectives;
 mod same_bits;
 mod sampling;
 mod stopping;
