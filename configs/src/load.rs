@@ -199,6 +199,11 @@ fn read_model(r: &mut Reader) -> ModelConfig {
             ],
             Conditioning::default(),
         ),
+        numerics: r.choice(
+            "model.numerics",
+            &[("official", Numerics::Official), ("stock-diffusers", Numerics::StockDiffusers)],
+            Numerics::default(),
+        ),
         num_classes: r.optional_integer("model.num_classes", 1..=COUNT).map(|count| count as usize),
         input_size: r.optional_integer("model.input_size", 1..=65_536).map(|side| side as usize),
         in_channels: r.optional_integer("model.in_channels", 1..=65_536).map(|count| count as usize),

@@ -394,11 +394,17 @@ fn fine_tuning_keys_without_what_they_belong_to_are_refused() {
 
 #[test]
 fn a_key_younger_than_recorded_runs_is_recorded_only_where_it_says_something() {
-    let recorded = |given: &[&str]| load(SMALL, given).unwrap().to_json().pointer("/model/conditioning").cloned();
-    assert_eq!(recorded(&[]), None);
-    assert_eq!(recorded(&["model.conditioning=adaln-zero"]), None);
-    for design in ["adaln", "cross-attention", "in-context"] {
-        assert_eq!(recorded(&[&format!("model.conditioning={design}")]), Some(serde_json::json!(design)));
+    for (key, default, others) in [
+        ("conditioning", "adaln-zero", &["adaln", "cross-attention", "in-context"][..]),
+        ("numerics", "official", &["stock-diffusers"]),
+    ] {
+        let recorded =
+            |given: &[&str]| load(SMALL, given).unwrap().to_json().pointer(&format!("/model/{key}")).cloned();
+        assert_eq!(recorded(&[]), None);
+        assert_eq!(recorded(&[&format!("model.{key}={default}")]), None);
+        for other in others {
+            assert_eq!(recorded(&[&format!("model.{key}={other}")]), Some(serde_json::json!(other)));
+        }
     }
 }
 

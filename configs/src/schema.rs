@@ -151,6 +151,9 @@ pub struct ModelConfig {
     /// How time and label reach the blocks.
     #[serde(skip_serializing_if = "is_default")]
     pub conditioning: Conditioning,
+    /// Whose constants the model computes with; only adaln-zero models have others than the official code's.
+    #[serde(skip_serializing_if = "is_default")]
+    pub numerics: Numerics,
     /// Number of classes; `None`: as the data set's metadata says.
     pub num_classes: Option<usize>,
     /// Side of the square latent; `None`: as the data set's metadata says.
@@ -174,6 +177,17 @@ pub enum Conditioning {
     CrossAttention,
     /// The two embeddings as further tokens.
     InContext,
+}
+
+/// `model.numerics`: constants that leave no trace in the weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Numerics {
+    /// Those of the official code.
+    #[default]
+    Official,
+    /// Those of diffusers' DiTTransformer2DModel as it is shipped, for weights that were trained in it.
+    StockDiffusers,
 }
 
 /// `diffusion.objective`: what the model predicts.

@@ -133,7 +133,7 @@ impl Recipe {
                 configs::Conditioning::CrossAttention => Conditioning::CrossAttention,
                 configs::Conditioning::InContext => Conditioning::InContext,
             },
-            numerics: Default::default(),
+            numerics: m.numerics.into(),
         };
         if !problems.is_empty() {
             return Err(RecipeError::Contradiction(problems));
