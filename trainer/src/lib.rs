@@ -3,6 +3,7 @@
 //! The way in is [`commands`]; the heart is [`engine::step`].
 
 pub mod commands;
+pub mod device;
 pub mod diffusion;
 pub mod ema;
 pub mod encode;

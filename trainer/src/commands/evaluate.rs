@@ -1,5 +1,8 @@
 //! `trainer evaluate`: the field's scores of a set of samples.
 
+use super::ranks::conclude;
+use crate::device::DeviceChoice;
+use crate::engine::agree::{Agreed, agree};
 use crate::ffi;
 use crate::metrics::{Extractor, Fit, ImageSet, Inception, MetricsError, Scores, Statistics, Wanted};
 use anyhow::{Context, Result, bail};
@@ -8,7 +11,6 @@ use configs::exit;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tch::Device;
 
 /// Options of `trainer evaluate`.
 #[derive(clap::Args)]
@@ -49,99 +51,109 @@ pub struct EvaluateArgs {
     device: DeviceChoice,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum DeviceChoice {
-    Auto,
-    Cpu,
-    Cuda,
-}
-
 /// How long ranks wait for each other: for the slowest batch, and for the reading of statistics.
 const DEADLINE: Duration = Duration::from_secs(1800);
 
-/// Evaluates, on all ranks of an MPI world together where there is one, and gives the process's exit code.
+/// Evaluates, together with the other ranks of the world where there are any, and gives the exit code.
 ///
 /// # Errors
-/// Options, images or weights that cannot be used. With several ranks, failures are reported here, because the other ranks
-/// must be ended too.
+/// No world. Later failures are reported here, by one rank, because the others must be ended too.
 pub fn evaluate(args: &EvaluateArgs) -> Result<i32> {
     let collective = collective::from_environment(DEADLINE)?;
     match run(args, &*collective) {
         Ok(()) => Ok(exit::OK),
-        Err(error) if collective.world_size() == 1 => Err(error),
-        Err(error) => {
-            // An error of all ranks is said once.
-            if !matches!(error.downcast_ref(), Some(MetricsError::Rank { .. })) || collective.rank() == 0 {
-                eprintln!("trainer: error: rank {}: {error:#}", collective.rank());
-            }
-            collective.abort(exit::FAILED)
-        }
+        Err(error) => Ok(conclude(&*collective, &error, error.is::<Agreed>())),
     }
 }
 
 fn run(args: &EvaluateArgs, collective: &dyn Collective) -> Result<()> {
-    if args.samples.is_none() && args.save_stats.is_none() {
-        bail!("nothing to do: give --samples, or --reference with --save-stats FILE.npz");
-    }
-    let Some(reference) = &args.reference else {
-        bail!("--reference is missing: FID, precision and recall compare the samples with it");
-    };
-    if let Some(threads) = args.threads {
-        tch::set_num_threads(threads);
-    }
-    ffi::set_deterministic()?;
-    let device = device(args.device, collective)?;
-    let fit = Fit { image_size: args.image_size.map(|size| size as usize), pad: args.pad };
-    let samples = args.samples.as_ref().map(|samples| ImageSet::open(samples, fit).context("--samples")).transpose()?;
-    let inception = Inception::load(&args.inception, device).context("--inception")?;
+    let Prepared { samples, reference, inception } = agree(collective, Prepared::new(args, collective))?;
     let extractor = Extractor::new(&inception, collective, args.batch as usize);
-
-    let reference = of_reference(reference, fit, args.reference_num as usize, &extractor).context("--reference")?;
-    if let (Some(reference), Some(path)) = (&reference, &args.save_stats) {
-        reference.save(path, inception.digest()).context("--save-stats")?;
-        eprintln!("statistics of the reference: {}", path.display());
+    let reference = reference.statistics(args.reference_num as usize, &extractor)?;
+    if let Some(path) = &args.save_stats {
+        let saved = reference.as_ref().map_or(Ok(()), |reference| reference.save(path, inception.digest()));
+        agree(collective, saved.context("--save-stats"))?;
     }
     let Some(samples) = samples else { return Ok(()) };
     let count = samples.count();
     let wanted = Wanted { spatial: reference.as_ref().is_none_or(|of| of.spatial.is_some()), features: count };
-    let samples = with_progress("samples", &samples, wanted, &extractor).context("--samples")?;
-    if let (Some(reference), Some(samples)) = (reference, samples) {
-        print(args, count, &inception, &Scores::compute(&inception, &samples, &reference)?);
+    let samples = with_progress("samples", &samples, wanted, &extractor)?;
+    let scores = match (reference, samples) {
+        (Some(reference), Some(samples)) => Scores::compute(&inception, &samples, &reference).map(Some),
+        _ => Ok(None),
+    };
+    if let Some(scores) = agree(collective, scores.map_err(Into::into))? {
+        print(args, count, &inception, &scores);
     }
     Ok(())
 }
 
-/// Statistics from the file where it has them, else from the images; only rank 0 gets them.
-fn of_reference(spec: &str, fit: Fit, num: usize, extractor: &Extractor) -> Result<Option<Statistics>> {
-    let mut wanted = Wanted { spatial: true, features: num };
-    let known = match Path::new(spec) {
-        path if path.is_file() => Statistics::read(path, extractor.inception().digest())?,
-        _ => None,
-    };
-    let images = match (ImageSet::open(spec, fit), &known) {
-        (Ok(images), _) => images,
-        // Statistics alone are enough.
-        (Err(_), Some(_)) => return Ok(known.filter(|_| extractor.collects())),
-        (Err(error), None) => return Err(error.into()),
-    };
-    let Some(mut known) = known else { return Ok(with_progress("reference", &images, wanted, extractor)?) };
-    if known.features.size()[0] == 0 {
-        wanted.spatial = false;
-        let found = with_progress("reference", &images, wanted, extractor)?;
-        return Ok(found.map(|found| {
-            known.features = found.features;
-            known
-        }));
-    }
-    Ok(extractor.collects().then_some(known))
+/// What a rank has before it computes.
+struct Prepared {
+    samples: Option<ImageSet>,
+    reference: Reference,
+    inception: Inception,
 }
 
-fn with_progress(
-    what: &str,
-    images: &ImageSet,
-    wanted: Wanted,
-    extractor: &Extractor,
-) -> Result<Option<Statistics>, MetricsError> {
+/// What is known of the reference.
+struct Reference {
+    images: Option<ImageSet>,
+    statistics: Option<Statistics>,
+}
+
+impl Prepared {
+    fn new(args: &EvaluateArgs, collective: &dyn Collective) -> Result<Self> {
+        if args.samples.is_none() && args.save_stats.is_none() {
+            bail!("nothing to do: give --samples, or --reference with --save-stats FILE.npz");
+        }
+        let reference = args.reference.as_ref();
+        let reference =
+            reference.context("--reference is missing: FID, precision and recall compare the samples with it")?;
+        if let Some(threads) = args.threads {
+            tch::set_num_threads(threads);
+        }
+        ffi::set_deterministic()?;
+        let device = args.device.device(collective.local_rank())?;
+        let fit = Fit { image_size: args.image_size.map(|size| size as usize), pad: args.pad };
+        let samples = args.samples.as_ref().map(|samples| ImageSet::open(samples, fit)).transpose();
+        let samples = samples.context("--samples")?;
+        let inception = Inception::load(&args.inception, device).context("--inception")?;
+        let reference = Reference::open(reference, fit, inception.digest()).context("--reference")?;
+        Ok(Self { samples, reference, inception })
+    }
+}
+
+impl Reference {
+    /// `digest` is that of the Inception weights.
+    fn open(spec: &str, fit: Fit, digest: Option<&str>) -> Result<Self, MetricsError> {
+        let path = Path::new(spec);
+        let statistics = if path.is_file() { Statistics::read(path, digest)? } else { None };
+        let images = match ImageSet::open(spec, fit) {
+            Ok(images) => Some(images),
+            // Statistics alone are enough.
+            Err(_) if statistics.is_some() => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Self { images, statistics })
+    }
+
+    /// The statistics that the file has, the rest from the images. All ranks call it together, rank 0 gets the result.
+    fn statistics(self, features: usize, extractor: &Extractor) -> Result<Option<Statistics>> {
+        match (self.statistics, self.images) {
+            (None, Some(images)) => with_progress("reference", &images, Wanted { spatial: true, features }, extractor),
+            (Some(mut known), Some(images)) if known.features.size()[0] == 0 => {
+                let found = with_progress("reference", &images, Wanted { spatial: false, features }, extractor)?;
+                Ok(found.map(|found| {
+                    known.features = found.features;
+                    known
+                }))
+            }
+            (known, _) => Ok(known.filter(|_| extractor.collects())),
+        }
+    }
+}
+
+fn with_progress(what: &str, images: &ImageSet, wanted: Wanted, extractor: &Extractor) -> Result<Option<Statistics>> {
     let bar = match extractor.collects() {
         true => ProgressBar::new(images.count() as u64),
         false => ProgressBar::hidden(),
@@ -176,15 +188,5 @@ fn print(args: &EvaluateArgs, count: usize, inception: &Inception, scores: &Scor
         eprintln!(
             "trainer: note: {count} samples; published scores are of 50,000, and FID falls with the number of samples"
         );
-    }
-}
-
-fn device(choice: DeviceChoice, collective: &dyn Collective) -> Result<Device> {
-    match (choice, ffi::load_cuda().map(|()| tch::Cuda::device_count().max(0) as usize)) {
-        (DeviceChoice::Cpu, _) => Ok(Device::Cpu),
-        (_, Ok(count)) if count > 0 => Ok(Device::Cuda(collective.local_rank() % count)),
-        (DeviceChoice::Auto, _) => Ok(Device::Cpu),
-        (DeviceChoice::Cuda, Ok(_)) => bail!("--device cuda: the driver shows no GPU; use --device cpu"),
-        (DeviceChoice::Cuda, Err(error)) => bail!("--device cuda: {error}; use --device cpu"),
     }
 }

@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use data_loader::{Dtype, WriterOptions};
-use tch::Device;
 
 pub use source::{ImageSource, Sample, SourceError, open as open_source, open_unlabelled};
 
+use crate::device::DeviceChoice;
 use crate::vae::AutoencoderKl;
 use part::{Loader, PartEncoder};
 use plan::{FORMAT, Recipe, Share};
@@ -103,17 +103,6 @@ pub enum OnError {
     Skip,
 }
 
-/// Where the VAE runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DeviceChoice {
-    /// A GPU if libtorch sees one, else the CPU.
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// A GPU; an error if there is none.
-    Cuda,
-}
-
 fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number, 1 or more".into())
 }
@@ -127,7 +116,7 @@ pub fn run(args: EncodeArgs) -> anyhow::Result<()> {
     let share = Share::find((args.rank, args.world_size), |name| std::env::var(name).ok())?;
     tch::set_num_threads(args.threads.try_into().context("--threads is too large")?);
     let _no_grad = tch::no_grad_guard();
-    let vae = AutoencoderKl::load(&args.vae, device(args.device, share.local_rank)?)?;
+    let vae = AutoencoderKl::load(&args.vae, args.device.device(share.local_rank)?)?;
     let source = source::open(&args.source)?;
     let recipe = recipe(&args, &vae, source.as_ref())?;
     recipe.claim(&args.out)?;
@@ -235,16 +224,6 @@ fn recipe(args: &EncodeArgs, vae: &AutoencoderKl, source: &dyn ImageSource) -> a
         parts: source.count().div_ceil(args.rows_per_file),
         row_group_rows: args.row_group,
     })
-}
-
-fn device(choice: DeviceChoice, local_rank: usize) -> anyhow::Result<Device> {
-    let gpus = tch::Cuda::device_count().max(0) as usize;
-    let gpus = if tch::Cuda::is_available() { gpus } else { 0 };
-    ensure!(
-        choice != DeviceChoice::Cuda || gpus > 0,
-        "--device cuda: libtorch sees no GPU; expected one, or --device cpu"
-    );
-    Ok(if choice == DeviceChoice::Cpu || gpus == 0 { Device::Cpu } else { Device::Cuda(local_rank % gpus) })
 }
 
 /// Removes the temporary files of earlier attempts at `path` that were killed.

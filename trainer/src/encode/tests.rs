@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use data_loader::{Columns, LatentDataset, RowRun};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::*;
 

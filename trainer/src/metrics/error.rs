@@ -41,17 +41,6 @@ pub enum MetricsError {
     /// A picture cannot be resized or written.
     #[error(transparent)]
     Image(#[from] crate::images::ImageError),
-    /// The ranks lost each other.
-    #[error("gathering features: {0}")]
-    Collective(#[from] collective::CollectiveError),
-    /// Another rank failed; all ranks learn of it together.
-    #[error("rank {rank}: {reason}")]
-    Rank {
-        /// The rank whose failure it is.
-        rank: usize,
-        /// What it reported.
-        reason: String,
-    },
     /// libtorch refused an operation.
     #[error(transparent)]
     Torch(#[from] tch::TchError),

@@ -94,10 +94,10 @@ impl Statistics {
         count: usize,
         wanted: Wanted,
         pictures: Pictures,
-    ) -> Result<Option<Self>, MetricsError> {
+    ) -> anyhow::Result<Option<Self>> {
         let mut collector = Collector::new(count, wanted);
-        extractor.run(count, pictures, &mut |features| collector.take(features))?;
-        extractor.collects().then(|| collector.finish()).transpose()
+        extractor.run(count, pictures, &mut |features| Ok(collector.take(features)?))?;
+        Ok(extractor.collects().then(|| collector.finish()).transpose()?)
     }
 
     /// Of a set; all ranks call it together, rank 0 gets the result.
@@ -109,10 +109,10 @@ impl Statistics {
         set: &ImageSet,
         wanted: Wanted,
         progress: &dyn Fn(usize),
-    ) -> Result<Option<Self>, MetricsError> {
+    ) -> anyhow::Result<Option<Self>> {
         let mut collector = Collector::new(set.count(), wanted);
-        extractor.run_set(set, progress, &mut |features| collector.take(features))?;
-        extractor.collects().then(|| collector.finish()).transpose()
+        extractor.run_set(set, progress, &mut |features| Ok(collector.take(features)?))?;
+        Ok(extractor.collects().then(|| collector.finish()).transpose()?)
     }
 
     /// From `mu`, `sigma`, and where present `mu_s`, `sigma_s` (as the field's reference batches have them) and `pool` (single

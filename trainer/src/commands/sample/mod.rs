@@ -4,6 +4,7 @@ mod options;
 mod output;
 
 use super::ranks::{conclude, end_with_parent, open_together};
+use crate::device::DeviceChoice;
 use crate::engine::agree::{Agreed, agree};
 use crate::engine::share::share_out;
 use crate::engine::stop::StopFlag;
@@ -88,13 +89,6 @@ enum LabelDraw {
     Uniform,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum DeviceChoice {
-    Auto,
-    Cpu,
-    Cuda,
-}
-
 /// How long ranks wait for each other where no config says it.
 const DEADLINE: Duration = Duration::from_secs(600);
 
@@ -170,7 +164,7 @@ impl Prepared {
             tch::set_num_interop_threads(1);
         }
         ffi::set_deterministic()?;
-        let device = args.device(collective)?;
+        let device = args.device.device(collective.local_rank())?;
         let recipe = Recipe::of_manifest(record)?;
         let of_config = config.and_then(|config| config.sample.vae.as_ref());
         let vae = args.vae.as_ref().or(of_config).or(recipe.sample.vae.as_ref());
@@ -199,20 +193,6 @@ impl SampleArgs {
             bail!("--num and --batch must be at least 1");
         }
         Ok(())
-    }
-
-    /// Ranks of a node share its GPUs out.
-    fn device(&self, collective: &dyn Collective) -> Result<Device> {
-        let gpus = match self.device {
-            DeviceChoice::Cpu => return Ok(Device::Cpu),
-            DeviceChoice::Auto | DeviceChoice::Cuda => ffi::load_cuda().map(|()| tch::Cuda::device_count()),
-        };
-        match (gpus, self.device) {
-            (Ok(count), _) if count > 0 => Ok(Device::Cuda(collective.local_rank() % count as usize)),
-            (_, DeviceChoice::Auto) => Ok(Device::Cpu),
-            (Ok(_), _) => bail!("--device cuda: the driver shows no GPU"),
-            (Err(error), _) => bail!("--device cuda: {error}"),
-        }
     }
 
     /// The labels that may occur.
