@@ -151,3 +151,89 @@ fn restore_section(reader: &CheckpointReader, section: &Section, bucket: &Bucket
     tch::no_grad(|| section.of(bucket).copy_(&Tensor::from_slice(&values)));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::testing::tiny_dit;
+    use checkpoint::{AttemptInfo, Commit, ShardId};
+    use configs::lanes::LaneBlock;
+    use tch::Device;
+
+    fn averages() -> Vec<Average> {
+        Average::of_config(&configs::EmaConfig {
+            decay: 0.9,
+            further_decays: vec![0.5],
+            warmup: false,
+            power: vec![0.1],
+        })
+    }
+
+    fn buckets(rank: usize, world_size: usize) -> Buckets {
+        let block = LaneBlock::of(rank, world_size, 4).unwrap();
+        Buckets::initialise(&tiny_dit(), 4, block, averages().len(), 8, Device::Cpu)
+    }
+
+    /// A checkpoint by two ranks of some of these buckets' sections.
+    fn saved(name: &str, optimizer_step: u64, keep: impl Fn(&str) -> bool) -> (RunStore, Manifest) {
+        let store = RunStore::open(&format!("memory:///{name}")).unwrap();
+        let attempt = store.claim_attempt(&AttemptInfo { world_size: 2, ..Default::default() }).unwrap();
+        let write = |rank| {
+            let buckets = buckets(rank, 2);
+            for (number, bucket) in buckets.0.iter().enumerate() {
+                let owned = bucket.averages.iter().chain([&bucket.exp_avg, &bucket.exp_avg_sq]);
+                owned.enumerate().for_each(|(index, tensor)| {
+                    let _ = tensor.shallow_clone().fill_((number * 10 + index + 1) as f64);
+                });
+            }
+            let snapshot = Snapshot::of(&buckets, &averages()).unwrap();
+            let slices: Vec<Slice> = snapshot.slices().into_iter().filter(|slice| keep(slice.name)).collect();
+            store.write_shard(&ShardId { attempt, step: 500, rank, world_size: 2 }, &slices).unwrap()
+        };
+        let commit =
+            Commit { attempt, step: 500, optimizer_step, shards: (0..2).map(write).collect(), ..Default::default() };
+        let manifest = store.commit(commit).unwrap();
+        (store, manifest)
+    }
+
+    #[test]
+    fn every_average_and_moment_comes_back_to_its_own_place_on_another_number_of_ranks() {
+        let (store, manifest) = saved("all-sections", 500, |_| true);
+        assert!(
+            manifest.tensors.contains_key("ema_0.5/pos_embed")
+                && manifest.tensors.contains_key("ema_power_0.1/pos_embed")
+        );
+        assert!(!manifest.tensors.contains_key("adamw/exp_avg/pos_embed"));
+        let fresh = buckets(0, 1);
+        let restored = Buckets::zeroed(&tiny_dit(), 4, LaneBlock::of(0, 1, 4).unwrap(), 3, Device::Cpu);
+        restore(&store, &manifest, &restored, &averages()).unwrap();
+        for (number, (bucket, fresh)) in restored.0.iter().zip(&fresh.0).enumerate() {
+            assert!(bucket.params.equal(&fresh.params));
+            let states = bucket.averages.iter().chain([&bucket.exp_avg, &bucket.exp_avg_sq]);
+            for (index, state) in states.enumerate() {
+                // Padding is not stored, the parameters are.
+                let highest = state.max().double_value(&[]);
+                assert_eq!(highest, (number * 10 + index + 1) as f64, "bucket {number}, state {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn imported_weights_alone_are_a_start_and_later_nothing_may_be_missing() {
+        let (store, manifest) = saved("weights-alone", 0, |name| name.starts_with("model/"));
+        let restored = buckets(1, 4);
+        for bucket in &restored.0 {
+            bucket.averages.iter().for_each(|average| drop(average.shallow_clone().fill_(7.0)));
+        }
+        restore(&store, &manifest, &restored, &averages()).unwrap();
+        for bucket in &restored.0 {
+            assert!(bucket.averages.iter().all(|average| average.equal(&bucket.params_shard())));
+            assert_eq!(bucket.exp_avg_sq.abs().max().double_value(&[]), 0.0);
+        }
+        for missing in ["ema_0.5/", "adamw/exp_avg_sq/"] {
+            let (store, manifest) = saved(&missing.replace('/', "-"), 1, |name| !name.starts_with(missing));
+            let error = restore(&store, &manifest, &buckets(0, 1), &averages()).unwrap_err().to_string();
+            assert!(error.contains("step 500") && error.contains(&format!("`{missing}")), "{error}");
+        }
+    }
+}
