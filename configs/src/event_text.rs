@@ -6,13 +6,17 @@ use std::fmt::{Display, Formatter, Result};
 impl Display for Event {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         match self {
-            Event::Start { attempt, resumed_from, world_size, lanes, params, .. } => {
+            Event::Start { attempt, resumed_from, world_size, lanes, params, trainable, .. } => {
                 write!(f, "start: attempt {attempt}, ")?;
                 match resumed_from {
                     Some(step) => write!(f, "resumed from step {step}")?,
                     None => write!(f, "a fresh run")?,
                 }
-                write!(f, ", {lanes} lanes on {world_size} rank(s), {params} parameters")
+                write!(f, ", {lanes} lanes on {world_size} rank(s), {trainable} of {params} parameters trained")
+            }
+            Event::Init { from, changes, .. } => {
+                write!(f, "init: weights of {from}")?;
+                changes.iter().try_for_each(|change| write!(f, "\n  {change}"))
             }
             Event::Step { step, steps, .. } => write!(f, "step {step}/{steps}  {}", self.rates()),
             Event::Checkpoint { step, url, .. } => write!(f, "checkpoint: step {step} committed, {url}"),

@@ -27,6 +27,18 @@ pub enum Event {
         steps: u64,
         /// Parameters of the model.
         params: u64,
+        /// Those of them that are trained.
+        #[serde(default)]
+        trainable: u64,
+        /// When.
+        time: f64,
+    },
+    /// A new run has taken its first weights from elsewhere.
+    Init {
+        /// The checkpoint, file or folder, redacted.
+        from: String,
+        /// What is not as it was there.
+        changes: Vec<String>,
         /// When.
         time: f64,
     },

@@ -201,7 +201,8 @@ impl Watch {
             Event::Start { resumed_from, .. } => self.saved_step = *resumed_from,
             Event::Checkpoint { step, .. } | Event::Stop { step, .. } => self.saved_step = Some(*step),
             Event::Done { step, .. } => self.is_done = *step >= self.steps,
-            Event::Step { .. }
+            Event::Init { .. }
+            | Event::Step { .. }
             | Event::Sample { .. }
             | Event::Validation { .. }
             | Event::Sampling { .. }

@@ -73,22 +73,27 @@ pub fn run(command: &mut Command) -> Ran {
 
 /// Writes a data set of posterior moments; `spoil` may change a row's mean.
 pub fn write_dataset(folder: &Path, spoil: impl Fn(usize, &mut [f32])) {
+    write_latents(folder, 3, 4, spoil);
+}
+
+/// As [`write_dataset`], of `classes` classes and latents with sides of `side`.
+pub fn write_latents(folder: &Path, classes: usize, side: usize, spoil: impl Fn(usize, &mut [f32])) {
     fs::create_dir_all(folder).unwrap();
     let options = WriterOptions {
         scaling_factor: Some(0.5),
-        num_classes: Some(3),
+        num_classes: Some(classes),
         row_group_rows: 16,
         dtype: Dtype::F32,
-        ..WriterOptions::new(vec![4, 4, 4])
+        ..WriterOptions::new(vec![4, side, side])
     };
     let mut writer = LatentWriter::create(&folder.join("part-00000-of-00001.parquet"), options).unwrap();
     for row in 0..ROWS {
-        let mut mean = [0f32; 64];
+        let mut mean = vec![0f32; 4 * side * side];
         fill_normal(Key::new(5, Purpose::Noise, row as u64), &mut mean);
         spoil(row, &mut mean);
         let id = format!("row-{row}");
-        let label = (row % 3) as i64;
-        writer.push(LatentRow { mean: &mean, logvar: &[-2.0; 64], flipped: None, label, id: &id }).unwrap();
+        let (label, logvar) = ((row % classes) as i64, vec![-2.0; mean.len()]);
+        writer.push(LatentRow { mean: &mean, logvar: &logvar, flipped: None, label, id: &id }).unwrap();
     }
     writer.finish().unwrap();
     assert_eq!(LatentDataset::open(folder.to_str().unwrap(), &Columns::default()).unwrap().meta().rows, ROWS as u64);

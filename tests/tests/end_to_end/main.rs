@@ -8,6 +8,7 @@ mod crashes;
 mod experiment;
 mod interop;
 mod objectives;
+mod finetuning;
 mod same_bits;
 mod sampling;
 mod stopping;

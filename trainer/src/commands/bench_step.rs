@@ -85,7 +85,7 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
     let mut stepper = Stepper::new(
         model.clone(),
         Box::new(Gaussian::new(tables, Prediction::Eps, true)),
-        Buckets::initialise(&*model, lanes, block, averages.len(), seed, device),
+        Buckets::initialise(&*model, lanes, block, averages.len(), seed, &Default::default(), device),
         Optimizer::new(hyper, schedule, averages),
         Arc::new(SingleCollective::new(Duration::from_secs(60))),
         Experiment { seed, lanes, block, device },

@@ -2,6 +2,8 @@
 
 use anyhow::{Context, Result};
 use collective::Collective;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// A failure that all ranks have learnt of together; it begins with the rank whose it is.
 #[derive(Debug, thiserror::Error)]
@@ -28,4 +30,22 @@ pub fn agree<T>(collective: &dyn Collective, mine: Result<T>) -> Result<T> {
         None => mine,
         Some(rank) => Err(Agreed { rank, reason: String::from_utf8_lossy(&all[rank]).into_owned() }.into()),
     }
+}
+
+/// Lets rank 0 decide something for all. All ranks call it together.
+///
+/// # Errors
+/// Rank 0's, as [`agree`].
+pub fn decided_by_rank_0<T>(collective: &dyn Collective, decide: impl FnOnce() -> Result<T>) -> Result<T>
+where
+    T: Serialize + DeserializeOwned,
+{
+    let decided = match collective.rank() {
+        0 => decide().map(Some),
+        _ => Ok(None),
+    };
+    let decision = agree(collective, decided)?;
+    let message = decision.as_ref().map(serde_json::to_vec).transpose()?.unwrap_or_default();
+    let all = collective.gather_bytes(&message)?;
+    serde_json::from_slice(&all[0]).context("rank 0's decision about the start")
 }

@@ -2,6 +2,7 @@
 
 use crate::model::{Init, Model, ParamSpec, Segment, Weights, initial_values};
 use configs::lanes::LaneBlock;
+use std::collections::HashMap;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -155,21 +156,28 @@ pub fn view_of(flat: &Tensor, entry: &Entry) -> Tensor {
 pub struct Buckets(pub Vec<Bucket>);
 
 impl Buckets {
-    /// Freshly initialised weights; the averages are copies of them (DiT), the moments are zero.
+    /// The `given` weights, by full name and in the parameter's shape, and freshly initialised ones for the rest; the
+    /// averages are copies of them (DiT), the moments are zero.
     pub fn initialise(
         model: &dyn Model,
         lanes: usize,
         block: LaneBlock,
         averages: usize,
         seed: u64,
+        given: &HashMap<String, Tensor>,
         device: Device,
     ) -> Self {
         let buckets = Self::zeroed(model, lanes, block, averages, device);
         tch::no_grad(|| {
             for bucket in &buckets.0 {
-                for entry in bucket.layout.entries.iter().filter(|entry| entry.spec.init != Init::Zeros) {
-                    let values = initial_values(seed, &entry.name, &entry.spec.init, entry.spec.numel());
-                    slice(&bucket.params, &entry.range()).copy_(&Tensor::from_slice(&values));
+                for entry in &bucket.layout.entries {
+                    let mut target = slice(&bucket.params, &entry.range());
+                    if let Some(given) = given.get(&entry.name) {
+                        target.copy_(&given.reshape([-1]));
+                    } else if entry.spec.init != Init::Zeros {
+                        let values = initial_values(seed, &entry.name, &entry.spec.init, entry.spec.numel());
+                        target.copy_(&Tensor::from_slice(&values));
+                    }
                 }
                 bucket.copy_to_averages();
             }

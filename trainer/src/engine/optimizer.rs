@@ -216,7 +216,7 @@ mod tests {
         for rank in 0..world_size {
             let block = LaneBlock::of(rank, world_size, lanes).unwrap();
             let mut optimizer = optimizer(&model);
-            let buckets = Buckets::initialise(&model, lanes, block, 4, 1, Device::Cpu);
+            let buckets = Buckets::initialise(&model, lanes, block, 4, 1, &Default::default(), Device::Cpu);
             for step in 1..=3 {
                 let grad = |bucket: &Bucket| {
                     let whole = Tensor::arange(bucket.layout.numel as i64, (Kind::Float, Device::Cpu));

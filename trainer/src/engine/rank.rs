@@ -1,23 +1,23 @@
 //! Sets up one rank: the only place of construction order.
 
-use super::agree::{Agreed, agree};
+use super::agree::{Agreed, agree, decided_by_rank_0};
 use super::bucket::Buckets;
 use super::grid::SampleGrid;
 use super::optimizer::Optimizer;
 use super::saver::Saver;
 use super::snapshot::restore;
+use super::start::{Initialised, find_checkpoint, load_initial, record_origin};
 use super::stepper::{Experiment, Stepper};
 use super::stop::StopFlag;
 use crate::ffi;
 use crate::recipe::Recipe;
 use crate::telemetry::Journal;
 use anyhow::{Context, Result, bail};
-use checkpoint::{AttemptInfo, Manifest, RunStore};
+use checkpoint::{AttemptInfo, RunStore};
 use collective::Collective;
 use configs::RunConfig;
 use configs::lanes::LaneBlock;
 use data_loader::{LatentDataset, MicroBatchStream, ScheduleOptions, StreamOptions};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::sync::Arc;
 use tch::Device;
@@ -36,6 +36,8 @@ pub struct Rank {
     pub attempt: u32,
     /// Step of the checkpoint that this start continues.
     pub resumed_from: Option<u64>,
+    /// Where this start took its first weights from, and what is not as it was there.
+    pub initialised: Option<Initialised>,
     /// Steps of one pass over the data set.
     pub steps_per_epoch: u64,
     /// Where this rank computes.
@@ -63,13 +65,6 @@ struct Prepared {
     store: RunStore,
 }
 
-/// What rank 0 decides for all: where to go on, and as which attempt.
-#[derive(Serialize, Deserialize)]
-struct Start {
-    manifest: Option<Manifest>,
-    attempt: u32,
-}
-
 impl Rank {
     /// Sets up this rank; all ranks call it together. Reads from the data set its metadata only, and allocates nothing
     /// before config, data set and checkpoint are known to fit together.
@@ -80,24 +75,34 @@ impl Rank {
         let stop = StopFlag::install().context("installing signal handlers")?;
         let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
         let Prepared { recipe, device, dataset, block, store } = prepared;
-        let record = recipe.record(&config);
+        let mut record = recipe.record(&config);
         compare_records(&*collective, &record)?;
         let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
         let mut optimizer = agree(&*collective, Optimizer::of_config(&config, &*model).map_err(Into::into))?;
         let grid = agree(&*collective, SampleGrid::from_config(&config, &recipe, model.clone(), device))?;
-        let Start { manifest, attempt } = decide_start(&config, &record, &*collective, &store)?;
+        let manifest = decided_by_rank_0(&*collective, || find_checkpoint(&config, &record, &store))?;
         let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
+        let (initial, initialised) = match &manifest {
+            None => load_initial(&config, &recipe, &*model, &*collective)?,
+            Some(_) => Default::default(),
+        };
+        record_origin(&mut record, manifest.as_ref(), initialised.as_ref());
+        let attempt = decided_by_rank_0(&*collective, || {
+            let info = AttemptInfo { resumed_from, world_size: collective.world_size(), ..Default::default() };
+            store.claim_attempt(&info).context("claiming an attempt")
+        })?;
 
         let lanes = config.train.lanes;
         let averages = optimizer.averages.len();
         let buckets = match &manifest {
-            None => Ok(Buckets::initialise(&*model, lanes, block, averages, config.seed, device)),
+            None => Ok(Buckets::initialise(&*model, lanes, block, averages, config.seed, &initial.tensors, device)),
             Some(manifest) => {
                 optimizer.updates = manifest.optimizer_step;
                 let buckets = Buckets::zeroed(&*model, lanes, block, averages, device);
                 restore(&store, manifest, &buckets, &optimizer.averages).map(|()| buckets)
             }
         };
+        drop(initial);
         let buckets = agree(&*collective, buckets)?;
         let experiment = Experiment { seed: config.seed, lanes, block, device };
         let objective = recipe.build_objective();
@@ -122,6 +127,7 @@ impl Rank {
             collective,
             attempt,
             resumed_from,
+            initialised,
             steps_per_epoch,
             device,
             batches,
@@ -184,51 +190,6 @@ fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result
         (Ok(_), _) => bail!("`train.device` = \"cuda\", but the driver shows no GPU; use \"auto\" or \"cpu\""),
         (Err(error), _) => bail!("`train.device` = \"cuda\": {error}; use \"auto\" or \"cpu\""),
     }
-}
-
-/// Rank 0 looks for the newest valid checkpoint, checks that this config may continue it, and claims an attempt.
-fn decide_start(config: &RunConfig, record: &Value, collective: &dyn Collective, store: &RunStore) -> Result<Start> {
-    let decided = match collective.rank() {
-        0 => find_start(config, record, collective.world_size(), store).map(Some),
-        _ => Ok(None),
-    };
-    let start = agree(collective, decided)?;
-    let message = start.as_ref().map(serde_json::to_vec).transpose()?.unwrap_or_default();
-    let all = collective.gather_bytes(&message)?;
-    serde_json::from_slice(&all[0]).context("rank 0's decision where to start")
-}
-
-fn find_start(config: &RunConfig, record: &Value, world_size: usize, store: &RunStore) -> Result<Start> {
-    let found = store.newest_valid().context("looking for a checkpoint to resume from")?;
-    let manifest = found.map(|(manifest, damaged)| {
-        let list: Vec<String> = damaged.iter().map(ToString::to_string).collect();
-        if !list.is_empty() && config.checkpoint.on_damaged == configs::OnDamaged::Fail {
-            bail!("damaged checkpoints in {}: {}; checkpoint.on_damaged = \"fail\"", store.url(), list.join("; "));
-        }
-        for damaged in list {
-            eprintln!("trainer: warning: damaged checkpoint passed over: {damaged}");
-        }
-        Ok(manifest)
-    });
-    let manifest = manifest.transpose()?;
-    if let Some(manifest) = &manifest {
-        let changes = configs::changed_experiment_keys(&manifest.config, record);
-        if !changes.is_empty() {
-            let changes: Vec<String> = changes.iter().map(ToString::to_string).collect();
-            bail!(
-                "{} holds another experiment (step {}): {}; undo the change, or give a new `run.url`",
-                store.url(),
-                manifest.step,
-                changes.join("; ")
-            );
-        }
-        if manifest.step > config.train.steps {
-            bail!("{} is at step {}, beyond `train.steps` = {}", store.url(), manifest.step, config.train.steps);
-        }
-    }
-    let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
-    let info = AttemptInfo { resumed_from, world_size, ..Default::default() };
-    Ok(Start { attempt: store.claim_attempt(&info).context("claiming an attempt")?, manifest })
 }
 
 /// This rank's micro-batches from after step `done` on, and the steps of an epoch.

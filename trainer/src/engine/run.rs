@@ -2,7 +2,9 @@
 
 use super::rank::Rank;
 use super::saver::Saved;
+use super::start::Initialised;
 use super::stepper::StepReport;
+use crate::model::Model;
 use crate::telemetry::measured_gemm_rate;
 use anyhow::Result;
 use configs::events::{Event, now};
@@ -35,8 +37,12 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         lanes: rank.config.train.lanes,
         steps,
         params: rank.stepper.model.numel() as u64,
+        trainable: trainable(&*rank.stepper.model),
         time: now(),
     })?;
+    if let Some(Initialised { from, changes }) = rank.initialised.take() {
+        rank.tell(|_| Event::Init { from, changes, time: now() })?;
+    }
     for step in rank.resumed_from.unwrap_or(0) + 1..=steps {
         let signal = if rank.stop.is_raised() { STOP } else { 0 } | rank.saver.signal();
         let report = rank.stepper.step(step, &mut || rank.batches.next(), signal)?;
@@ -100,6 +106,10 @@ impl Rank {
             Event::Checkpoint { step, url, time: now() }
         })
     }
+}
+
+fn trainable(model: &dyn Model) -> u64 {
+    model.named_params().iter().filter(|(_, spec)| spec.trainable).map(|(_, spec)| spec.numel() as u64).sum()
 }
 
 /// Rates between two log lines.

@@ -98,3 +98,67 @@ impl Backward {
         Ok(grads)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::bucket::Buckets;
+    use crate::model::freeze::freeze;
+    use crate::model::testing::tiny_dit;
+    use crate::model::{Init, initial_values};
+    use configs::lanes::LaneBlock;
+    use std::collections::{BTreeMap, HashMap};
+    use std::sync::Arc;
+    use tch::{Device, Kind};
+
+    /// Gradients by name, and which segments' outputs needed one.
+    fn gradients(frozen: &[&str]) -> (BTreeMap<String, Tensor>, Vec<bool>) {
+        let patterns: Vec<String> = frozen.iter().map(|text| text.to_string()).collect();
+        let model = freeze(Arc::new(tiny_dit()), &patterns).unwrap();
+        let value = |(name, spec): (String, crate::model::ParamSpec)| {
+            let values = initial_values(3, &name, &Init::Normal { std: 0.2 }, spec.numel());
+            (name, Tensor::from_slice(&values).view(spec.shape.as_slice()))
+        };
+        let given: HashMap<String, Tensor> = model.named_params().into_iter().map(value).collect();
+        let block = LaneBlock::of(0, 1, 1).unwrap();
+        let buckets = Buckets::initialise(&*model, 1, block, 0, 0, &given, Device::Cpu);
+        let x = Tensor::arange(2 * 4 * 64, (Kind::Float, Device::Cpu)).sin().view([2, 4, 8, 8]);
+        let (t, y) = (Tensor::from_slice(&[3f32, 700.0]), Tensor::from_slice(&[1i64, 7]));
+        let mut tape = Tape::new(&*model, model.input(&x, &t, &y));
+        for (segment, bucket) in model.segments().iter().zip(&buckets.0) {
+            tape.forward(&**segment, &bucket.weights);
+        }
+        let needed = tape.records[1..].iter().map(|record| record.output.state[0].requires_grad()).collect();
+        let grad = tape.output().cos().detach();
+        let mut backward = tape.into_backward(grad);
+        let mut gradients = BTreeMap::new();
+        for bucket in buckets.0.iter().rev() {
+            let names = bucket.layout.entries.iter().filter(|entry| entry.spec.trainable).map(|entry| &entry.name);
+            let grads = backward.segment(&bucket.trainable).unwrap();
+            gradients.extend(names.cloned().zip(grads.into_iter().map(|grad| grad.unwrap())));
+        }
+        (gradients, needed)
+    }
+
+    #[test]
+    fn frozen_parameters_cost_no_gradient_and_the_others_have_the_same_bits() {
+        let (all, _) = gradients(&[]);
+        let embedders = ["x_embedder.*", "t_embedder.*", "y_embedder.*"];
+        for (frozen, needed) in [
+            (vec!["blocks.0.*"], [true; 4]),
+            (vec!["x_embedder.*"], [false, true, true, true]),
+            (embedders.to_vec(), [false, true, true, true]),
+            ([&embedders[..], &["blocks.0.*"]].concat(), [false, false, true, true]),
+            ([&embedders[..], &["blocks.*", "final_layer.adaLN*"]].concat(), [false, false, false, true]),
+            (vec!["final_layer.*"], [true; 4]),
+            (vec!["*"], [false; 4]),
+        ] {
+            let (some, found) = gradients(&frozen);
+            assert_eq!(found, needed, "{frozen:?}");
+            assert!(some.len() < all.len() && (some.is_empty() == (frozen == ["*"])), "{frozen:?}");
+            for (name, gradient) in some {
+                assert!(gradient.equal(&all[&name]), "{name} without {frozen:?}");
+            }
+        }
+    }
+}

@@ -88,6 +88,14 @@ pub enum InteropError {
     /// A diffusers folder.
     #[error(transparent)]
     Diffusers(#[from] super::diffusers::DiffusersError),
+    /// A checkpoint's adapters do not belong to its weights.
+    #[error("{url}: {source}")]
+    Adapters {
+        /// Redacted URL.
+        url: String,
+        /// Why.
+        source: crate::model::lora::LoraError,
+    },
     /// libtorch refused an operation.
     #[error(transparent)]
     Torch(#[from] tch::TchError),

@@ -17,6 +17,7 @@ pub mod values;
 pub use error::InteropError;
 
 use crate::model::dit::DitConfig;
+use crate::model::lora::merge_lora;
 use crate::recipe::Recipe;
 use checkpoint::CheckpointReader;
 use std::collections::BTreeMap;
@@ -73,7 +74,8 @@ impl std::str::FromStr for WeightsSection {
 }
 
 /// Reads one section of weights from `source`: the URL of a run or checkpoint, the path of a `torch.save` or safetensors
-/// file, or a diffusers folder. Where a file holds one set of weights only, it is taken whatever the section.
+/// file, or a diffusers folder. Where a file holds one set of weights only, it is taken whatever the section. Of a run with
+/// adapters it gives the weights that they are merged into.
 ///
 /// # Errors
 /// Nothing of that kind there, a file that is damaged, or no such section.
@@ -87,7 +89,21 @@ pub fn read_weights(source: &str, section: WeightsSection) -> Result<NamedWeight
     }
 }
 
-/// One section of a checkpoint of ours.
+/// `source` as it stays the same while others write: a run's URL becomes that of its newest valid checkpoint.
+///
+/// # Errors
+/// No such run or checkpoint, or it is damaged.
+pub fn pinned(source: &str) -> Result<String, InteropError> {
+    let is_folder = configs::location::local_path(source).is_some_and(|path| diffusers::is_folder(&path));
+    if is_folder || run::local_file(source).is_some() {
+        return Ok(source.to_owned());
+    }
+    let (_, manifest) = run::open(source)?;
+    let run = source.split_once(run::CHECKPOINTS).map_or(source, |(run, _)| run);
+    Ok(format!("{}/{}", run.trim_end_matches('/'), manifest.key()))
+}
+
+/// One section of a checkpoint of ours, adapters added to their weights.
 fn of_checkpoint(reader: &CheckpointReader, url: &str, section: &WeightsSection) -> Result<NamedWeights, InteropError> {
     let url = configs::location::redact(url);
     let recipe = Recipe::of_manifest(&reader.manifest().config);
@@ -105,6 +121,10 @@ fn of_checkpoint(reader: &CheckpointReader, url: &str, section: &WeightsSection)
             wanted: section.to_string(),
             available: sections(reader.names()),
         });
+    }
+    if let Some(lora) = &recipe.lora {
+        let merged = merge_lora(tensors, lora);
+        tensors = merged.map_err(|source| InteropError::Adapters { url, source })?;
     }
     Ok(NamedWeights { tensors, model: Some(recipe.model) })
 }

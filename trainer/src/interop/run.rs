@@ -4,9 +4,13 @@ use super::InteropError;
 use checkpoint::{CheckpointReader, Manifest, RunStore};
 use std::path::PathBuf;
 
-/// The local file that `location` (a path or a `file://` URL) names; `None` where there is none.
+/// What follows a run's URL in that of one of its checkpoints.
+pub(super) const CHECKPOINTS: &str = "/checkpoints/step-";
+
+/// The local file that `location` (a path or a `file://` URL) names; `None` where there is none, or where it is a manifest
+/// of ours, which [`open`] takes.
 pub fn local_file(location: &str) -> Option<PathBuf> {
-    configs::location::local_path(location).filter(|path| path.is_file())
+    configs::location::local_path(location).filter(|path| !location.contains(CHECKPOINTS) && path.is_file())
 }
 
 /// Opens the checkpoint at `url`: a run folder (its newest valid checkpoint), `<run>/checkpoints/step-…` (the newest commit
@@ -46,7 +50,7 @@ pub fn open(url: &str) -> Result<(RunStore, Manifest), InteropError> {
 fn run_and_step(url: &str) -> Result<(String, Option<String>), InteropError> {
     let here = std::env::current_dir().map_err(InteropError::io(".".as_ref(), "the current folder"))?;
     let url = configs::location::resolve(&here, url);
-    Ok(match url.split_once("/checkpoints/step-") {
+    Ok(match url.split_once(CHECKPOINTS) {
         Some((run, rest)) => (run.to_owned(), Some(rest.to_owned())),
         None => (url.trim_end_matches('/').to_owned(), None),
     })

@@ -32,12 +32,20 @@ pub fn shifted_timestep_embedding(t: &Tensor, dim: i64, shift: f64) -> Tensor {
 /// # Source
 /// MAE / DiT `get_2d_sincos_pos_embed`: ω_k = 10000^(−k / (dim/4)), each half [sin | cos].
 pub fn sin_cos_2d(dim: i64, grid: i64) -> Vec<f64> {
+    sin_cos_2d_at(dim, grid, 1.0)
+}
+
+/// [`sin_cos_2d`] with neighbours at a distance of `spacing`.
+///
+/// # Shapes
+/// As [`sin_cos_2d`].
+pub fn sin_cos_2d_at(dim: i64, grid: i64, spacing: f64) -> Vec<f64> {
     let quarter = dim / 4;
     let omega: Vec<f64> = (0..quarter).map(|k| 1.0 / 10000f64.powf(k as f64 / quarter as f64)).collect();
     let mut table = Vec::with_capacity((grid * grid * dim) as usize);
     for row in 0..grid {
         for column in 0..grid {
-            for position in [column as f64, row as f64] {
+            for position in [column as f64 * spacing, row as f64 * spacing] {
                 table.extend(omega.iter().map(|w| (position * w).sin()));
                 table.extend(omega.iter().map(|w| (position * w).cos()));
             }

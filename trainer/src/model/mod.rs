@@ -14,7 +14,7 @@ pub mod patterns;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use embed::{shifted_timestep_embedding, sin_cos_2d, timestep_embedding};
+pub use embed::{shifted_timestep_embedding, sin_cos_2d, sin_cos_2d_at, timestep_embedding};
 pub use init::{Init, initial_values};
 
 use std::collections::HashMap;

@@ -9,6 +9,7 @@ mod final_layer;
 mod in_context;
 mod layers;
 mod numerics;
+pub mod refit;
 
 use super::{Flow, Model, Probe, Segment};
 pub use numerics::Numerics;
