@@ -10,17 +10,16 @@
 //! ```
 
 use crate::diffusion::{Objective, Time};
-use crate::engine::rank::open_stream;
+use crate::engine::rank::{open_data, open_stream};
 use crate::engine::stepper::Experiment;
 use crate::interop::NamedWeights;
 use crate::interop::safetensors::{write, write_weights};
 use crate::interop::values::{Dtype, TensorSpec, encode, tensor, to_vec};
 use crate::model::{Model, initial_values};
-use crate::recipe::Recipe;
 use anyhow::{Context, Result, bail};
 use configs::RunConfig;
 use configs::lanes::LaneBlock;
-use data_loader::{LatentDataset, MicroBatchStream};
+use data_loader::MicroBatchStream;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -59,12 +58,10 @@ pub fn draws(args: &DrawsArgs) -> Result<()> {
     if args.steps_per_file == 0 {
         bail!("--steps-per-file must be at least 1");
     }
-    let dataset = Arc::new(LatentDataset::open(&config.data.url, &config.data.columns).context("`data.url`")?);
-    let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
-    let recipe = Recipe::resolve(&config, &dataset, scaling_factor)?;
+    let (dataset, recipe) = open_data(&config)?;
     let model = recipe.build_model()?;
     let block = LaneBlock::of(0, 1, config.train.lanes)?;
-    let (batches, _) = open_stream(&config, &recipe, dataset, block, 0)?;
+    let (batches, _) = open_stream(&config, &recipe, Arc::new(dataset), block, 0)?;
 
     let out = |name: &str| args.out.join(name);
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;

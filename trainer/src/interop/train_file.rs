@@ -190,3 +190,81 @@ fn arguments(config: &Value, recipe: &Recipe) -> PyValue {
         ("ckpt_every", number("/checkpoint/every_steps")),
     ])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interop::file;
+    use crate::model::Model;
+    use crate::model::testing::tiny_dit;
+
+    /// Number, shape and step of a parameter in a file.
+    type State = (i64, Vec<i64>, f32);
+
+    /// The state that a file with these parameters in its groups and these states gives for the tiny DiT.
+    fn read(ids: &[i64], groups: usize, states: &[State]) -> Result<Option<OptimizerState>, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.pt");
+        // A tensor of zeros is asked for by its length, a step by its value.
+        let tensor = |name: String, shape: &[i64]| {
+            let shape = shape.iter().map(|&side| side as usize).collect();
+            PyValue::Tensor(name, TensorSpec { dtype: Dtype::F32, shape })
+        };
+        let zeros = |shape: &[i64]| tensor(format!("zeros {}", shape.iter().product::<i64>()), shape);
+        let state = |(id, shape, step): &State| {
+            let entries =
+                [("step", tensor(step.to_string(), &[])), ("exp_avg", zeros(shape)), ("exp_avg_sq", zeros(shape))];
+            (PyValue::Int(*id), PyValue::dict(entries))
+        };
+        let ids = PyValue::List(ids.iter().map(|&id| PyValue::Int(id)).collect());
+        let group = PyValue::dict([("lr", PyValue::Float(0.25)), ("params", ids)]);
+        let opt = PyValue::dict([
+            ("state", PyValue::Dict(states.iter().map(state).collect())),
+            ("param_groups", PyValue::List(vec![group; groups])),
+        ]);
+        let values = |name: &str| match name.strip_prefix("zeros ") {
+            Some(numel) => Ok(vec![0; 4 * numel.parse::<usize>().unwrap()]),
+            None => Ok(values::encode(&[name.parse().unwrap()], Dtype::F32)),
+        };
+        write::write(&path, &PyValue::dict([("opt", opt)]), values).unwrap();
+        optimizer_state(&*file::open(&path).unwrap(), &tiny_dit().named_params()).map_err(|error| error.to_string())
+    }
+
+    /// States of the tiny DiT's trained parameters, numbered from `first`.
+    fn states(first: i64) -> Vec<State> {
+        let trained = tiny_dit().named_params().into_iter().filter(|(_, spec)| spec.trainable);
+        trained.zip(first..).map(|((_, spec), id)| (id, spec.shape, 5.0)).collect()
+    }
+
+    #[test]
+    fn states_belong_to_the_parameters_in_their_order_with_or_without_the_position_table() {
+        let (all, trained) = (tiny_dit().named_params().len() as i64, states(0).len() as i64);
+        assert_eq!(all, trained + 1);
+        for (ids, first) in [((0..all).collect::<Vec<_>>(), 1), ((0..trained).collect(), 0)] {
+            let state = read(&ids, 1, &states(first)).unwrap().unwrap();
+            assert_eq!((state.step, state.moments.len() as i64), (5, trained));
+            assert_eq!(state.settings["lr"], 0.25);
+            let names = &state.moments["x_embedder.proj.weight"];
+            assert_eq!(names, &[format!("opt/state/{first}/exp_avg"), format!("opt/state/{first}/exp_avg_sq")]);
+        }
+        assert_eq!(read(&(0..all).collect::<Vec<_>>(), 1, &[]), Ok(None), "before the first step");
+    }
+
+    #[test]
+    fn states_that_do_not_fit_are_refused_by_name() {
+        let all: Vec<i64> = (0..=states(1).len() as i64).collect();
+        let refuse = |ids: &[i64], groups, states: &[State], says: &str| {
+            let error = read(ids, groups, states).unwrap_err();
+            assert!(error.contains(says) && error.contains("--no-optimizer"), "{says}: {error}");
+        };
+        refuse(&all, 2, &states(1), "2 parameter groups");
+        refuse(&all[2..], 1, &states(1), &format!("has {} parameters; this model has {}", all.len() - 2, all.len()));
+        refuse(&all, 1, &states(1)[1..], "`opt/state/1/exp_avg` (of `x_embedder.proj.weight`) is missing");
+        let mut wrong = states(1);
+        wrong[1].1 = vec![35];
+        refuse(&all, 1, &wrong, "`opt/state/2/exp_avg_sq` (of `x_embedder.proj.bias`) has shape [35], expected [36]");
+        let mut late = states(1);
+        late[0].2 = 6.0;
+        refuse(&all, 1, &late, "not all at one step");
+    }
+}
