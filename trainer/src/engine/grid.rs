@@ -85,7 +85,10 @@ impl SampleGrid {
         };
         let mut all: Option<ImageBatch> = None;
         let mut take = |batch: ImageBatch| match &mut all {
-            None => Ok(all = Some(batch)),
+            None => {
+                all = Some(batch);
+                Ok(())
+            }
             Some(all) => Ok(all.append(batch)?),
         };
         share_out(&*rank.collective, self.labels.len().div_ceil(self.batch), &mut draw, &mut take)?;
