@@ -1,17 +1,18 @@
 //! What was typed.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
-use crate::plan::Request;
+use crate::plan::{Job, Request};
 
-/// Train on this machine or on a cluster: plan the ranks, start them, watch them.
+/// Train, or sample, on this machine or on a cluster: plan the ranks, start them, watch them.
 ///
-/// Running the same command again continues the run from its last committed checkpoint.
-/// Exit codes: 0 the last step was reached; 75 saved on request, run it again to continue; 2 wrong usage or config;
-/// 1 anything else.
+/// Without a command it trains; running it again continues the run from its last committed checkpoint.
+/// Exit codes: 0 the last step was reached, or all samples are written; 75 saved on request, run it again to continue;
+/// 2 wrong usage or config; 1 anything else.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Cli {
@@ -39,6 +40,22 @@ pub struct Cli {
     /// Print the plan as JSON.
     #[arg(long, requires = "dry_run")]
     pub json: bool,
+    /// What to do; training when not given.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What the ranks can be started for besides training.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Draw images from the run's newest checkpoint on all ranks into one file, whose content does not depend on their
+    /// number. All options are those of `trainer sample`.
+    #[command(disable_help_flag = true)]
+    Sample {
+        /// Options of `trainer sample`, such as --num 50000 --out samples.npz; see `trainer sample --help`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        options: Vec<OsString>,
+    },
 }
 
 /// What starts the ranks.
@@ -74,6 +91,10 @@ impl Cli {
             procs_per_node: self.procs_per_node.map(|procs| procs as usize),
             hosts: self.hosts.clone(),
             via: self.via,
+            job: match self.command {
+                None => Job::Train,
+                Some(Command::Sample { .. }) => Job::Sample,
+            },
         }
     }
 }

@@ -12,6 +12,17 @@ use crate::cli::Via;
 use crate::cluster::{EngineCommand, NotBuilt};
 use crate::machine::Machine;
 
+/// What the ranks are started for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Job {
+    /// Training: ranks share the lanes evenly.
+    #[default]
+    Train,
+    /// Sampling: batches are dealt to any number of ranks.
+    Sample,
+}
+
 /// The part of the command line that the plan depends on.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
@@ -23,11 +34,15 @@ pub struct Request {
     pub hosts: Vec<String>,
     /// `--via`
     pub via: Option<Via>,
+    /// The command.
+    pub job: Job,
 }
 
-/// A run laid out over machines. `world_size = nodes × procs_per_node`, `lanes = world_size × lanes_per_rank`.
+/// A run laid out over machines. `world_size = nodes × procs_per_node`; for training `lanes = world_size × lanes_per_rank`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
+    /// What the ranks do.
+    pub job: Job,
     /// What starts the ranks.
     pub via: Via,
     /// Machines that compute.
@@ -40,11 +55,11 @@ pub struct Plan {
     pub procs_per_node: usize,
     /// Ranks altogether.
     pub world_size: usize,
-    /// World sizes that the experiment's lanes allow.
+    /// World sizes that the experiment's lanes allow for training.
     pub allowed_world_sizes: Vec<usize>,
     /// Lanes of the experiment.
     pub lanes: usize,
-    /// Lanes that each rank executes, one after the other.
+    /// Lanes that each rank executes, one after the other; 0 for sampling, which knows no lanes.
     pub lanes_per_rank: usize,
     /// Samples of one lane per step.
     pub micro_batch: usize,
@@ -103,8 +118,9 @@ pub enum PlanError {
 impl Plan {
     /// Lays the run out.
     ///
-    /// Nodes that do not fit a power of two stay idle (three nodes left of four run as two). Ranks per node are taken
-    /// as asked, or else as many as the node has GPUs (cores over threads per rank where it has none), rounded down.
+    /// For training, nodes that do not fit a power of two stay idle (three nodes left of four run as two). Ranks per node are taken
+    /// as asked, or else as many as the node has GPUs (cores over threads per rank where it has none), rounded down. For sampling
+    /// every number of ranks will do.
     ///
     /// # Errors
     /// A world size that the lanes do not allow, fewer host names than nodes, CUDA demanded where there is none.
@@ -117,9 +133,10 @@ impl Plan {
         }
         let via = request.via.unwrap_or(if offered == 1 && named.is_none() { Via::Local } else { Via::Mpirun });
         let device = device(train.device, machine, via)?;
+        let job = request.job;
         let allowed = allowed_world_sizes(train.lanes);
         let asked = request.procs_per_node.or(config.cluster.procs_per_node);
-        if let Some(procs_per_node) = asked.filter(|procs| !allowed.contains(procs)) {
+        if let Some(procs_per_node) = asked.filter(|procs| job == Job::Train && !allowed.contains(procs)) {
             let world_size = offered.saturating_mul(procs_per_node);
             return Err(PlanError::WorldSize {
                 nodes: offered,
@@ -129,12 +146,18 @@ impl Plan {
                 allowed,
             });
         }
-        let nodes = floor_power_of_two(offered.min(train.lanes / asked.unwrap_or(1)));
         let capacity = if device == Device::Cuda { machine.gpus } else { machine.cores / train.threads_per_rank };
-        let procs_per_node = asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes)));
+        let (nodes, procs_per_node) = match job {
+            Job::Train => {
+                let nodes = floor_power_of_two(offered.min(train.lanes / asked.unwrap_or(1)));
+                (nodes, asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes))))
+            }
+            Job::Sample => (offered, asked.unwrap_or(capacity.max(1))),
+        };
         let world_size = nodes * procs_per_node;
         let threads = procs_per_node * train.threads_per_rank;
         let mut plan = Plan {
+            job,
             via,
             nodes,
             idle_nodes: (nodes..offered).collect(),
@@ -143,7 +166,7 @@ impl Plan {
             world_size,
             allowed_world_sizes: allowed,
             lanes: train.lanes,
-            lanes_per_rank: train.lanes / world_size,
+            lanes_per_rank: if job == Job::Train { train.lanes / world_size } else { 0 },
             micro_batch: train.micro_batch,
             global_batch: config.global_batch(),
             threads_per_rank: train.threads_per_rank,
@@ -215,16 +238,21 @@ pub fn show(plan: &Plan, command: Result<&EngineCommand, &NotBuilt>, as_json: bo
         println!("{value:#}");
         return;
     }
-    println!("run           {}, {} steps", plan.run_url, plan.steps);
+    match plan.job {
+        Job::Train => println!("run           {}, {} steps", plan.run_url, plan.steps),
+        Job::Sample => println!("run           {}, sampling", plan.run_url),
+    }
     println!("engine        {}", plan.via);
     println!("nodes         {} × {} ranks = world size {}", plan.nodes, plan.procs_per_node, plan.world_size);
-    println!(
-        "lanes         {}, {} per rank (allowed world sizes: {})",
-        plan.lanes,
-        plan.lanes_per_rank,
-        join(&plan.allowed_world_sizes)
-    );
-    println!("global batch  {} = {} lanes × {}", plan.global_batch, plan.lanes, plan.micro_batch);
+    if plan.job == Job::Train {
+        println!(
+            "lanes         {}, {} per rank (allowed world sizes: {})",
+            plan.lanes,
+            plan.lanes_per_rank,
+            join(&plan.allowed_world_sizes)
+        );
+        println!("global batch  {} = {} lanes × {}", plan.global_batch, plan.lanes, plan.micro_batch);
+    }
     println!(
         "a rank        {}, {} thread(s); {} core(s) of a node idle",
         json!(plan.device).as_str().unwrap_or_default(),

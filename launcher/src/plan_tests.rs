@@ -40,6 +40,17 @@ fn ranks_per_node_follow_the_machine_rounded_down_to_fit() {
 }
 
 #[test]
+fn sampling_takes_any_number_of_ranks() {
+    let plan = |procs, machine| {
+        let request = Request { job: Job::Sample, ..request(Some(3), procs) };
+        layout(&Plan::new(&config(4, &[]), &request, machine).unwrap())
+    };
+    assert_eq!(plan(None, &LAPTOP), (3, 6, 0, 0));
+    assert_eq!(plan(Some(5), &LAPTOP), (3, 5, 0, 0));
+    assert_eq!(plan(None, &GPU_NODE), (3, 8, 0, 0));
+}
+
+#[test]
 fn nodes_that_do_not_fit_a_power_of_two_idle_and_are_named() {
     let plan = |nodes, procs| Plan::new(&config(16, &[]), &request(Some(nodes), procs), &GPU_NODE).unwrap();
     assert_eq!(layout(&plan(4, None)), (4, 4, 1, 0)); // 8 GPUs each, but 16 lanes

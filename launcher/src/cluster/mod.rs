@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use configs::location;
 
-use crate::cli::{Cli, Via};
+use crate::cli::{Cli, Command, Via};
 use crate::plan::Plan;
 
 /// An engine on which a plan can be started.
@@ -65,15 +65,23 @@ pub struct TrainerCall {
     program: PathBuf,
     config: PathBuf,
     overrides: Vec<String>,
+    command: &'static str,
+    /// What follows config and overrides.
+    options: Vec<OsString>,
 }
 
 impl TrainerCall {
-    /// `trainer train` beside the launcher's own executable, with the config's absolute path.
+    /// The trainer's command beside the launcher's own executable, with the config's absolute path.
     pub fn new(cli: &Cli) -> anyhow::Result<TrainerCall> {
         let this = std::env::current_exe().context("cannot find the launcher's own executable")?;
         let config = std::path::absolute(&cli.config)
             .with_context(|| format!("cannot make the path {} absolute", cli.config.display()))?;
-        Ok(TrainerCall { program: this.with_file_name("trainer"), config, overrides: cli.set.clone() })
+        let (command, options) = match &cli.command {
+            None => ("train", Vec::new()),
+            Some(Command::Sample { options }) => ("sample", options.clone()),
+        };
+        let program = this.with_file_name("trainer");
+        Ok(TrainerCall { program, config, overrides: cli.set.clone(), command, options })
     }
 
     /// Refuses a trainer that is not there; better here than once per rank.
@@ -86,10 +94,11 @@ impl TrainerCall {
 
     fn argv(&self) -> Vec<OsString> {
         let mut argv: Vec<OsString> =
-            vec![self.program.clone().into(), "train".into(), "--config".into(), self.config.clone().into()];
+            vec![self.program.clone().into(), self.command.into(), "--config".into(), self.config.clone().into()];
         for pair in &self.overrides {
             argv.extend(["--set".into(), pair.into()]);
         }
+        argv.extend(self.options.iter().cloned());
         argv
     }
 }

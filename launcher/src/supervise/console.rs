@@ -59,6 +59,11 @@ impl Console {
                 bar.set_position(*step);
                 bar.set_message(event.rates());
             }
+            (Some(bar), Event::Sampling { images, total, .. }) => {
+                bar.set_length(*total);
+                bar.set_position(*images);
+                bar.set_message(event.rates());
+            }
             _ => self.say(&event.to_string()),
         }
     }

@@ -24,7 +24,7 @@ pub use console::say;
 pub use guard::run_if_asked as run_as_guard_if_asked;
 
 use crate::cluster::{EngineCommand, Output};
-use crate::plan::Plan;
+use crate::plan::{Job, Plan};
 use console::Console;
 use demux::Line;
 use engine::Engine;
@@ -60,7 +60,7 @@ pub fn run(command: &EngineCommand, plan: &Plan) -> anyhow::Result<i32> {
     // First, so that no signal can end the launcher while an engine exists.
     catch_signals(sender.clone())?;
     let engine = Engine::start(command, &sender)?;
-    let mut watch = Watch::new(engine, command.output, plan.steps);
+    let mut watch = Watch::new(engine, command.output, plan);
     while !watch.is_over() {
         let report = match watch.deadline() {
             Some(deadline) => reports.recv_timeout(deadline.saturating_duration_since(Instant::now())),
@@ -95,6 +95,7 @@ struct Watch {
     console: Console,
     faults: Faults,
     started: Instant,
+    job: Job,
     steps: u64,
     open_streams: usize,
     ended: Option<(Ended, Instant)>,
@@ -120,10 +121,12 @@ enum Stop {
 }
 
 impl Watch {
-    fn new(engine: Engine, output: Output, steps: u64) -> Watch {
+    fn new(engine: Engine, output: Output, plan: &Plan) -> Watch {
+        let steps = plan.steps;
         Watch {
             engine,
             output,
+            job: plan.job,
             console: Console::new(steps),
             faults: Faults::default(),
             started: Instant::now(),
@@ -205,8 +208,8 @@ impl Watch {
             | Event::Step { .. }
             | Event::Sample { .. }
             | Event::Validation { .. }
-            | Event::Sampling { .. }
-            | Event::Sampled { .. } => {}
+            | Event::Sampling { .. } => {}
+            Event::Sampled { .. } => self.is_done = true,
         }
         self.console.event(event);
     }
@@ -221,8 +224,8 @@ impl Watch {
             self.force("asked a second time");
         } else if self.stop == Stop::NotAsked {
             self.stop = Stop::Held;
-            self.console
-                .say(&format!("launcher: {name}: asking the ranks to save and stop; once more ends them at once"));
+            let what = if self.job == Job::Train { "save and stop" } else { "stop" };
+            self.console.say(&format!("launcher: {name}: asking the ranks to {what}; once more ends them at once"));
         }
     }
 
@@ -263,6 +266,7 @@ impl Watch {
         self.engine.finish();
         let end = End {
             ended: self.ended.map_or(Ended::Exit(configs::exit::FAILED), |(ended, _)| ended),
+            job: self.job,
             is_done: self.is_done,
             is_started: self.is_started,
             steps: self.steps,

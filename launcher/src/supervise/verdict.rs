@@ -3,13 +3,16 @@
 use configs::exit;
 
 use super::faults::Ended;
+use crate::plan::Job;
 
 /// Everything about a run's end that the verdict depends on.
 #[derive(Debug, Clone)]
 pub struct End {
     /// How the engine's main process ended.
     pub ended: Ended,
-    /// A `done` event for the last step was seen.
+    /// What the ranks were started for.
+    pub job: Job,
+    /// The event was seen that says that everything is done: the last step is committed, all samples are written.
     pub is_done: bool,
     /// A `start` event was seen.
     pub is_started: bool,
@@ -28,6 +31,32 @@ pub struct End {
 impl End {
     /// The launcher's exit code and its last line.
     pub fn verdict(&self) -> (i32, String) {
+        match self.job {
+            Job::Train => self.of_training(),
+            Job::Sample => self.of_sampling(),
+        }
+    }
+
+    fn of_sampling(&self) -> (i32, String) {
+        let nothing = "no samples were written";
+        let cause = self.fault.clone().map(|fault| format!(" ({fault})")).unwrap_or_default();
+        match (self.forced, self.ended, &self.fault) {
+            (Some(why), ..) => (exit::FAILED, format!("all ranks were ended: {why}{cause}; {nothing}")),
+            (_, Ended::Exit(exit::OK), _) if self.is_done => (exit::OK, "all samples are written".to_owned()),
+            // `trainer sample --help` and the like.
+            (_, Ended::Exit(exit::OK), _) if !self.is_started => (exit::OK, "nothing was to be drawn".to_owned()),
+            _ if self.is_stop_asked => (exit::FAILED, format!("stopped on request; {nothing}")),
+            (_, Ended::Exit(exit::USAGE), fault) => {
+                (exit::USAGE, fault.clone().unwrap_or_else(|| "the ranks refused the command line".to_owned()))
+            }
+            (_, _, Some(fault)) => (exit::FAILED, format!("{fault}; all ranks were ended; {nothing}")),
+            (_, ended, None) => {
+                (exit::FAILED, format!("the engine ended: {ended}; no rank was named as the cause; {nothing}"))
+            }
+        }
+    }
+
+    fn of_training(&self) -> (i32, String) {
         let resume = match self.saved_step {
             Some(step) => format!("run the same command again to continue from step {step}"),
             None => "no checkpoint was seen in this start; the same command takes the last committed one".to_owned(),
@@ -67,6 +96,7 @@ mod tests {
     fn end(ended: Ended) -> End {
         End {
             ended,
+            job: Job::Train,
             is_done: false,
             is_started: true,
             steps: 9,
@@ -82,6 +112,17 @@ mod tests {
         assert_eq!(end(Ended::Exit(0)).verdict().0, exit::FAILED);
         assert_eq!(End { is_done: true, ..end(Ended::Exit(0)) }.verdict().0, exit::OK);
         assert_eq!(End { is_done: true, ..end(Ended::Exit(1)) }.verdict().0, exit::FAILED);
+    }
+
+    #[test]
+    fn sampling_is_done_when_the_samples_are_written() {
+        let sampling = |ended| End { job: Job::Sample, ..end(ended) };
+        assert_eq!(End { is_done: true, ..sampling(Ended::Exit(0)) }.verdict().0, exit::OK);
+        assert_eq!(sampling(Ended::Exit(0)).verdict().0, exit::FAILED);
+        let (code, text) = End { is_stop_asked: true, ..sampling(Ended::Exit(1)) }.verdict();
+        assert_eq!((code, text.as_str()), (exit::FAILED, "stopped on request; no samples were written"));
+        let (code, text) = End { fault: Some("rank 1 failed: bad".into()), ..sampling(Ended::Exit(1)) }.verdict();
+        assert!(code == exit::FAILED && text.starts_with("rank 1 failed: bad") && !text.contains("step"), "{text}");
     }
 
     #[test]

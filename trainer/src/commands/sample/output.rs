@@ -5,7 +5,7 @@ use anyhow::Result;
 use configs::events::{EVENTS_STDOUT, EVENTS_VARIABLE, Event, now};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The files that were asked for; they appear complete or not at all.
 pub struct Output {
@@ -88,14 +88,18 @@ struct Progress {
     total: usize,
     done: usize,
     started: Instant,
+    told: Option<Instant>,
 }
+
+/// Between two events of progress.
+const PAUSE: Duration = Duration::from_secs(1);
 
 impl Progress {
     fn new(total: usize) -> Result<Self> {
         let for_launcher = std::env::var(EVENTS_VARIABLE).is_ok_and(|value| value == EVENTS_STDOUT);
         let style = ProgressStyle::with_template("{bar:40} {pos}/{len} images  {per_sec}  eta {eta}")?;
         let bar = (!for_launcher).then(|| ProgressBar::new(total as u64).with_style(style));
-        let progress = Self { bar, total, done: 0, started: Instant::now() };
+        let mut progress = Self { bar, total, done: 0, started: Instant::now(), told: None };
         progress.tell();
         Ok(progress)
     }
@@ -108,8 +112,10 @@ impl Progress {
         }
     }
 
-    fn tell(&self) {
-        if self.bar.is_none() {
+    fn tell(&mut self) {
+        let is_due = self.done == self.total || self.told.is_none_or(|told| told.elapsed() >= PAUSE);
+        if self.bar.is_none() && is_due {
+            self.told = Some(Instant::now());
             let rate = self.done as f64 / self.started.elapsed().as_secs_f64();
             let (images, total) = (self.done as u64, self.total as u64);
             let eta_s = (self.total - self.done) as f64 / rate;
