@@ -17,3 +17,4 @@ pub mod recipe;
 pub mod sampling;
 pub mod telemetry;
 pub mod vae;
+pub mod validation;

@@ -21,6 +21,8 @@ enum Command {
     Sample(commands::sample::SampleArgs),
     /// FID, sFID, Inception Score, precision and recall of samples.
     Evaluate(commands::evaluate::EvaluateArgs),
+    /// Loss of a checkpoint on held-out latents, by time.
+    Validate(commands::validate::ValidateArgs),
     /// Lists, verifies, tidies up and removes the checkpoints of a run.
     Checkpoints(commands::checkpoints::CheckpointsArgs),
     /// A run that goes on from a checkpoint of the official code, SiT, diffusers or a safetensors file.
@@ -45,6 +47,7 @@ fn main() {
         Command::Encode(args) => encode::run(args).map(|()| 0),
         Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Sample(args) => commands::sample::sample(&args),
+        Command::Validate(args) => commands::validate::validate(&args),
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
         Command::Import(args) => commands::import::import(&args).map(|()| 0),
         Command::Export(args) => commands::export::export(&args).map(|()| 0),

@@ -7,7 +7,8 @@ use checkpoint::digest::all_digests;
 /// Options of `trainer digest`.
 #[derive(clap::Args)]
 pub struct DigestArgs {
-    /// A run folder (its newest valid checkpoint), or one checkpoint of it (`<run>/checkpoints/step-000001000`).
+    /// A run folder (its newest valid checkpoint), or one checkpoint of it (`<run>/checkpoints/step-000001000`,
+    /// `<run>/checkpoints/best`).
     url: String,
     /// One line for every tensor, too.
     #[arg(long)]

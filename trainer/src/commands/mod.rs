@@ -12,5 +12,6 @@ pub mod inspect;
 pub mod ranks;
 pub mod sample;
 pub mod train;
+pub mod validate;
 
 pub use crate::interop::run as source;

@@ -2,10 +2,17 @@
 
 use super::source;
 use crate::engine::agree::agree;
-use anyhow::{Context, Result};
+use crate::model::{Model, WeightSet};
+use anyhow::{Context, Result, bail};
 use checkpoint::CheckpointReader;
 use collective::Collective;
 use configs::exit;
+use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
+use tch::{Device, Tensor};
+
+/// How long ranks wait for each other where no config says it.
+pub const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Lets the kernel end this process together with its parent: a rank whose launcher is gone must not go on.
 pub fn end_with_parent() {
@@ -47,4 +54,24 @@ pub fn open_together(url: &str, collective: &dyn Collective) -> Result<Checkpoin
             .and_then(|manifest| Ok(source::reader_of(url, &manifest)?)),
     };
     agree(collective, reader)
+}
+
+/// The weights of one section of a checkpoint, without touching the others.
+///
+/// # Errors
+/// No such section, or tensors of another model.
+pub fn load_weights(reader: &CheckpointReader, model: &dyn Model, section: &str, device: Device) -> Result<WeightSet> {
+    let prefix = format!("{section}/");
+    let mut tensors = HashMap::new();
+    for name in reader.names().filter(|name| name.starts_with(&prefix)) {
+        let shape: Vec<i64> = reader.shape(name).unwrap_or_default().iter().map(|&side| side as i64).collect();
+        let values = Tensor::from_slice(&reader.read_all_f32(name)?).view(shape.as_slice()).to_device(device);
+        tensors.insert(name[prefix.len()..].to_owned(), values);
+    }
+    if tensors.is_empty() {
+        let sections: BTreeSet<&str> = reader.names().filter_map(|name| Some(name.split_once('/')?.0)).collect();
+        let sections: Vec<&str> = sections.into_iter().filter(|section| *section != "adamw").collect();
+        bail!("--weights {section}: the checkpoint has no such section; it has {}", sections.join(", "));
+    }
+    Ok(WeightSet::from_named(model, tensors)?)
 }

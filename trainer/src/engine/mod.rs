@@ -18,3 +18,4 @@ pub mod stepper;
 pub mod stop;
 pub mod tape;
 pub mod tree;
+pub mod validation;

@@ -9,11 +9,13 @@ use super::snapshot::restore;
 use super::start::{Initialised, find_checkpoint, load_initial, record_origin};
 use super::stepper::{Experiment, Stepper};
 use super::stop::StopFlag;
+use super::validation::Validation;
 use crate::ffi;
 use crate::recipe::Recipe;
 use crate::telemetry::Journal;
+use crate::validation::metric;
 use anyhow::{Context, Result, bail};
-use checkpoint::{AttemptInfo, RunStore};
+use checkpoint::{AttemptInfo, Retention, RunStore};
 use collective::Collective;
 use configs::RunConfig;
 use configs::lanes::LaneBlock;
@@ -52,6 +54,8 @@ pub struct Rank {
     pub journal: Option<Journal>,
     /// Sample grids, where the config asks for them.
     pub grid: Option<SampleGrid>,
+    /// Held-out loss, where the config asks for it.
+    pub validation: Option<Validation>,
     /// Stop requests.
     pub stop: StopFlag,
 }
@@ -80,6 +84,7 @@ impl Rank {
         let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
         let mut optimizer = agree(&*collective, Optimizer::of_config(&config, &*model).map_err(Into::into))?;
         let grid = agree(&*collective, SampleGrid::from_config(&config, &recipe, model.clone(), device))?;
+        let validation = Validation::from_config(&config, &recipe, &model, device, &*collective)?;
         let manifest = decided_by_rank_0(&*collective, || find_checkpoint(&config, &record, &store))?;
         let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
         let (initial, initialised) = match &manifest {
@@ -114,7 +119,7 @@ impl Rank {
         let done = resumed_from.unwrap_or(0);
         let data = open_stream(&config, &recipe, dataset, block, done);
         let (batches, steps_per_epoch) = agree(&*collective, data)?;
-        let saver = Saver::start(collective.clone(), store, attempt, config.checkpoint.keep_last)?;
+        let saver = Saver::start(collective.clone(), store, attempt, retention(&config))?;
         let journal = match collective.rank() {
             0 => Journal::open(&config.run.url, attempt, done, config.log.tensorboard).map(Some),
             _ => Ok(None),
@@ -135,6 +140,7 @@ impl Rank {
             saver,
             journal,
             grid,
+            validation,
             stop,
         })
     }
@@ -189,6 +195,15 @@ fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result
         (_, configs::Device::Auto) => Ok(Device::Cpu),
         (Ok(_), _) => bail!("`train.device` = \"cuda\", but the driver shows no GPU; use \"auto\" or \"cpu\""),
         (Err(error), _) => bail!("`train.device` = \"cuda\": {error}; use \"auto\" or \"cpu\""),
+    }
+}
+
+fn retention(config: &RunConfig) -> Retention {
+    let checkpoint = &config.checkpoint;
+    Retention {
+        keep_last: checkpoint.keep_last,
+        keep_every: checkpoint.keep_every,
+        keep_best: (checkpoint.keep_best > 0).then(|| (checkpoint.keep_best, metric(&checkpoint.best_metric))),
     }
 }
 

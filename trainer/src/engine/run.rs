@@ -9,6 +9,7 @@ use crate::telemetry::measured_gemm_rate;
 use anyhow::Result;
 use configs::events::{Event, now};
 use configs::location::redact;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// Bit of a rank's step signal: it was asked to stop.
@@ -61,9 +62,17 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
             grid.draw(rank, step)?;
             rank.grid = Some(grid);
         }
+        // What is measured of the weights of a step goes into its checkpoint, if there is one.
+        let mut metrics = BTreeMap::new();
+        if due(rank.config.validation.as_ref().map_or(0, |validation| validation.every_steps))
+            && let Some(validation) = rank.validation.take()
+        {
+            metrics.extend(validation.measure(rank, step)?);
+            rank.validation = Some(validation);
+        }
         if due(rank.config.checkpoint.every_steps) || stop {
             rank.stepper.wait_for_all_weights()?;
-            let saved = rank.saver.save(step, &rank.stepper, &rank.record)?;
+            let saved = rank.saver.save(step, &rank.stepper, metrics, &rank.record)?;
             rank.announce(saved)?;
         }
         if stop && step < steps {

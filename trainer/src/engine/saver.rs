@@ -7,6 +7,7 @@ use anyhow::{Context, Result, anyhow};
 use checkpoint::{Commit, Manifest, Retention, RunStore, ShardId, ShardRecord};
 use collective::Collective;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
@@ -32,6 +33,7 @@ enum State {
     Uploading {
         step: u64,
         optimizer_step: u64,
+        metrics: BTreeMap<String, f64>,
         result: Receiver<Result<ShardRecord>>,
         done: Option<Result<ShardRecord>>,
     },
@@ -66,14 +68,14 @@ pub struct Saved {
 }
 
 impl Saver {
-    /// A saver of `attempt` that keeps the newest `keep_last` checkpoints.
+    /// A saver of `attempt` that keeps the checkpoints of `retention`.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start(collective: Arc<dyn Collective>, store: RunStore, attempt: u32, keep_last: usize) -> Result<Self> {
+    pub fn start(collective: Arc<dyn Collective>, store: RunStore, attempt: u32, retention: Retention) -> Result<Self> {
         let (jobs, queue) = channel();
         let thread = std::thread::Builder::new().name("checkpoint".to_owned());
-        let thread = thread.spawn(move || work(&store, keep_last, queue)).context("no thread for checkpoints")?;
+        let thread = thread.spawn(move || work(&store, &retention, queue)).context("no thread for checkpoints")?;
         Ok(Self { collective, attempt, step: 0, jobs: Some(jobs), thread: Some(thread), state: State::Idle })
     }
 
@@ -111,12 +113,18 @@ impl Saver {
         Ok(None)
     }
 
-    /// Starts a checkpoint of `step`: copies this rank's shards and returns. A checkpoint still under way is finished
+    /// Starts a checkpoint of `step`, of whose weights `metrics` were measured: copies this rank's shards and returns. A checkpoint still under way is finished
     /// first, so that no more than one copy is ever held.
     ///
     /// # Errors
     /// As [`Saver::finish`].
-    pub fn save(&mut self, step: u64, stepper: &Stepper, config: &Value) -> Result<Option<Saved>> {
+    pub fn save(
+        &mut self,
+        step: u64,
+        stepper: &Stepper,
+        mut metrics: BTreeMap<String, f64>,
+        config: &Value,
+    ) -> Result<Option<Saved>> {
         let earlier = self.finish(config)?;
         let snapshot = Snapshot::of(&stepper.buckets, &stepper.optimizer.averages)?;
         let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
@@ -124,7 +132,9 @@ impl Saver {
         let id = ShardId { attempt: self.attempt, step, rank, world_size };
         self.submit(Job::Upload { id, snapshot, result: sender })?;
         let optimizer_step = stepper.optimizer.updates;
-        (self.step, self.state) = (step, State::Uploading { step, optimizer_step, result, done: None });
+        // Weights whose loss overflows are no candidates for the best.
+        metrics.retain(|_, value| value.is_finite());
+        (self.step, self.state) = (step, State::Uploading { step, optimizer_step, metrics, result, done: None });
         Ok(earlier)
     }
 
@@ -159,7 +169,8 @@ impl Saver {
 
     /// Gathers all ranks' shard records; rank 0 goes on to commit.
     fn collect(&mut self, config: &Value) -> Result<()> {
-        let State::Uploading { step, optimizer_step, done, .. } = std::mem::replace(&mut self.state, State::Idle)
+        let State::Uploading { step, optimizer_step, metrics, done, .. } =
+            std::mem::replace(&mut self.state, State::Idle)
         else {
             return Ok(());
         };
@@ -185,7 +196,7 @@ impl Saver {
                 optimizer_step,
                 config: config.clone(),
                 decision_log: Value::Array(Vec::new()),
-                metrics: Default::default(),
+                metrics,
                 shards,
             };
             self.submit(Job::Commit { commit, result: sender })?;
@@ -226,7 +237,7 @@ fn wait<T>(result: &mut Receiver<Result<T>>, done: &mut Option<Result<T>>) {
     }
 }
 
-fn work(store: &RunStore, keep_last: usize, queue: Receiver<Job>) {
+fn work(store: &RunStore, retention: &Retention, queue: Receiver<Job>) {
     for job in queue {
         // A receiver that is gone belongs to a run that has already failed.
         match job {
@@ -235,7 +246,7 @@ fn work(store: &RunStore, keep_last: usize, queue: Receiver<Job>) {
             }
             Job::Commit { commit, result } => {
                 let _ = result.send(store.commit(commit).map_err(Into::into));
-                if let Err(error) = store.retain(&Retention::last(keep_last)) {
+                if let Err(error) = store.retain(retention) {
                     eprintln!("trainer: warning: old checkpoints were not removed: {error}");
                 }
             }

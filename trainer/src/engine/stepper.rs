@@ -1,6 +1,6 @@
 //! What a rank needs to make steps, and the parts of a step that are not the step itself.
 
-use super::bucket::{Buckets, slice, view_of};
+use super::bucket::{Bucket, Buckets, slice, view_of};
 use super::optimizer::Optimizer;
 use super::reducer::Reducer;
 use super::tree::{LaneSum, sum_lanes};
@@ -9,6 +9,7 @@ use crate::ffi::{TorchError, region};
 use crate::model::{Model, WeightSet};
 use collective::{Collective, CollectiveError, Pending};
 use configs::lanes::LaneBlock;
+use configs::validation::MODEL_SECTION;
 use data_loader::draws::{Key, Purpose};
 use data_loader::{DataError, MicroBatch};
 use rand_distr::{Bernoulli, Distribution};
@@ -239,8 +240,7 @@ impl Stepper {
     /// # Errors
     /// What the collective reports.
     pub fn gather_average(&self, index: usize) -> Result<WeightSet, CollectiveError> {
-        let mut named = HashMap::new();
-        for bucket in &self.buckets.0 {
+        self.weight_set(|bucket| {
             let whole = Tensor::zeros([bucket.layout.numel as i64], (Kind::Float, self.experiment.device));
             if self.collective.world_size() > 1 {
                 let gather = self.collective.all_gather(Some(region(&bucket.averages[index])), region(&whole))?;
@@ -248,13 +248,40 @@ impl Stepper {
             } else {
                 whole.shallow_clone().copy_(&bucket.averages[index]);
             }
+            Ok(whole)
+        })
+    }
+
+    /// The weights that checkpoints hold in `section`, whole on every rank. All ranks call it together. Those of section
+    /// `model` are views that the next update changes.
+    ///
+    /// # Errors
+    /// What the collective reports; no such section.
+    pub fn gather_section(&mut self, section: &str) -> Result<WeightSet, CollectiveError> {
+        if section == MODEL_SECTION {
+            self.wait_for_all_weights()?;
+            return self.weight_set(|bucket| Ok(bucket.params.shallow_clone()));
+        }
+        match self.optimizer.averages.iter().position(|average| average.section == section) {
+            Some(index) => self.gather_average(index),
+            None => Err(self.cannot_gather(format!("there are no weights `{section}`"))),
+        }
+    }
+
+    fn weight_set(
+        &self,
+        whole: impl Fn(&Bucket) -> Result<Tensor, CollectiveError>,
+    ) -> Result<WeightSet, CollectiveError> {
+        let mut named = HashMap::new();
+        for bucket in &self.buckets.0 {
+            let whole = whole(bucket)?;
             named.extend(bucket.layout.entries.iter().map(|entry| (entry.name.clone(), view_of(&whole, entry))));
         }
-        WeightSet::from_named(&*self.model, named).map_err(|error| CollectiveError::Backend {
-            rank: self.collective.rank(),
-            op: "all_gather",
-            reason: error.to_string(),
-        })
+        WeightSet::from_named(&*self.model, named).map_err(|error| self.cannot_gather(error.to_string()))
+    }
+
+    fn cannot_gather(&self, reason: String) -> CollectiveError {
+        CollectiveError::Backend { rank: self.collective.rank(), op: "all_gather", reason }
     }
 
     pub(super) fn data<T>(&self, step: u64, result: Result<T, DataError>) -> Result<T, StepError> {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use collective::Collective;
 use configs::RunConfig;
 use configs::events::{Event, now};
-use configs::validation::{MODEL_SECTION, loss_metric};
+use configs::validation::loss_metric;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tch::Device;
@@ -51,11 +51,8 @@ impl Validation {
     pub fn measure(&self, rank: &mut Rank, step: u64) -> Result<BTreeMap<String, f64>> {
         let mut metrics = BTreeMap::new();
         for section in &self.weights {
-            let weights = match section.as_str() {
-                MODEL_SECTION => rank.stepper.whole_weights(),
-                _ => rank.stepper.gather_section(section),
-            };
-            let judged = self.held_out.judge(&weights?, &*rank.collective);
+            let weights = rank.stepper.gather_section(section)?;
+            let judged = self.held_out.judge(&weights, &*rank.collective);
             let HeldOutLoss { loss, parts, bins } =
                 judged.with_context(|| format!("step {step}, phase validation, weights `{section}`"))?;
             metrics.insert(loss_metric(section), loss);

@@ -10,6 +10,7 @@ use crate::diffusion::Objective;
 use crate::model::{Model, WeightSet, no_probe};
 use crate::recipe::{Recipe, RecipeError};
 use collective::{Collective, CollectiveError};
+use configs::validation::higher_is_better;
 use configs::{Columns, ValidationConfig};
 use data_loader::{DataError, FixedOptions, FixedRows, LatentDataset};
 use std::collections::BTreeMap;
@@ -173,6 +174,11 @@ impl HeldOut {
     }
 }
 
+/// The metric of a name, with the direction that the name tells.
+pub fn metric(name: &str) -> checkpoint::Metric {
+    checkpoint::Metric { name: name.to_owned(), higher_is_better: higher_is_better(name) }
+}
+
 /// The draws that a rank judges: whole batches, next to each other, so that it reads one stretch of the data set.
 fn share(draws: usize, batch: usize, rank: usize, world_size: usize) -> Range<usize> {
     let per_rank = draws.div_ceil(batch).div_ceil(world_size) * batch;
@@ -180,23 +186,25 @@ fn share(draws: usize, batch: usize, rank: usize, world_size: usize) -> Range<us
 }
 
 /// Compares the held-out data set with the one that is trained on; gives a warning where losses are doubtful.
-fn check(
-    dataset: &LatentDataset,
-    draws: &Draws,
-    bins: usize,
-    recipe: &Recipe,
-) -> Result<Option<String>, RecipeError> {
+fn check(dataset: &LatentDataset, draws: &Draws, bins: usize, recipe: &Recipe) -> Result<Option<String>, RecipeError> {
     let (meta, trained) = (dataset.meta(), &recipe.dataset);
     let mut problems = Vec::new();
     if meta.latent_shape != trained.latent_shape {
-        problems.push(format!("held-out latents have shape {:?}, the trained ones {:?}", meta.latent_shape, trained.latent_shape));
+        problems.push(format!(
+            "held-out latents have shape {:?}, the trained ones {:?}",
+            meta.latent_shape, trained.latent_shape
+        ));
     }
     if let Some(found) = meta.scaling_factor.filter(|found| *found != trained.scaling_factor) {
-        problems.push(format!("held-out latents have scaling factor {found}, the trained ones {}", trained.scaling_factor));
+        problems
+            .push(format!("held-out latents have scaling factor {found}, the trained ones {}", trained.scaling_factor));
     }
     if draws.count() < bins {
         let count = draws.count();
-        problems.push(format!("{} has rows for {count} draws only, fewer than the {bins} bins; lower `validation.bins`", dataset.name()));
+        problems.push(format!(
+            "{} has rows for {count} draws only, fewer than the {bins} bins; lower `validation.bins`",
+            dataset.name()
+        ));
     }
     if !problems.is_empty() {
         return Err(RecipeError::Contradiction(problems));
@@ -219,7 +227,9 @@ mod tests {
         for (draws, batch) in [(100, 8), (7, 8), (64, 8), (9, 2)] {
             for world_size in [1, 2, 4, 8] {
                 let shares: Vec<_> = (0..world_size).map(|rank| share(draws, batch, rank, world_size)).collect();
-                assert!(!shares[0].is_empty() && shares.iter().all(|share| share.is_empty() || share.start % batch == 0));
+                assert!(
+                    !shares[0].is_empty() && shares.iter().all(|share| share.is_empty() || share.start % batch == 0)
+                );
                 assert_eq!(shares.into_iter().flatten().collect::<Vec<_>>(), (0..draws).collect::<Vec<_>>());
             }
         }

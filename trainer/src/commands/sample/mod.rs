@@ -3,14 +3,14 @@
 mod options;
 mod output;
 
-use super::ranks::{conclude, end_with_parent, open_together};
+use super::ranks::{DEADLINE, conclude, end_with_parent, load_weights, open_together};
 use crate::device::DeviceChoice;
 use crate::engine::agree::{Agreed, agree};
 use crate::engine::share::share_out;
 use crate::engine::stop::StopFlag;
 use crate::ffi;
 use crate::images::ImageBatch;
-use crate::model::{Model, WeightSet};
+use crate::model::WeightSet;
 use crate::recipe::Recipe;
 use crate::sampling::{Generator, SamplingOptions};
 use crate::vae::AutoencoderKl;
@@ -22,16 +22,14 @@ use data_loader::draws::{Key, Purpose};
 use options::SamplerArgs;
 use output::Output;
 use rand::RngExt;
-use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::time::Duration;
-use tch::{Device, Tensor};
 
 /// Options of `trainer sample`.
 #[derive(clap::Args)]
 pub struct SampleArgs {
-    /// A run folder (its newest valid checkpoint), or one checkpoint of it (`<run>/checkpoints/step-000001000`);
-    /// the run of --config when not given.
+    /// A run folder (its newest valid checkpoint), or one checkpoint of it (`<run>/checkpoints/step-000001000`,
+    /// `<run>/checkpoints/best`); the run of --config when not given.
     #[arg(long, value_name = "URL", required_unless_present = "config")]
     checkpoint: Option<String>,
     /// A run's config: for its `run.url`, `sample.vae` and `collective.timeout_s`. The launcher gives it.
@@ -88,9 +86,6 @@ enum LabelDraw {
     Cycle,
     Uniform,
 }
-
-/// How long ranks wait for each other where no config says it.
-const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Draws the images, together with the other ranks of the world where there are any, and gives the exit code.
 ///
@@ -214,21 +209,4 @@ impl SampleArgs {
             LabelDraw::Uniform => (0..self.num).map(drawn).collect(),
         }
     }
-}
-
-/// The weights of one section of a checkpoint, without touching the others.
-fn load_weights(reader: &CheckpointReader, model: &dyn Model, section: &str, device: Device) -> Result<WeightSet> {
-    let prefix = format!("{section}/");
-    let mut tensors = HashMap::new();
-    for name in reader.names().filter(|name| name.starts_with(&prefix)) {
-        let shape: Vec<i64> = reader.shape(name).unwrap_or_default().iter().map(|&side| side as i64).collect();
-        let values = Tensor::from_slice(&reader.read_all_f32(name)?).view(shape.as_slice()).to_device(device);
-        tensors.insert(name[prefix.len()..].to_owned(), values);
-    }
-    if tensors.is_empty() {
-        let sections: BTreeSet<&str> = reader.names().filter_map(|name| Some(name.split_once('/')?.0)).collect();
-        let sections: Vec<&str> = sections.into_iter().filter(|section| *section != "adamw").collect();
-        bail!("--weights {section}: the checkpoint has no such section; it has {}", sections.join(", "));
-    }
-    Ok(WeightSet::from_named(model, tensors)?)
 }
