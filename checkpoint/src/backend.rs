@@ -3,7 +3,6 @@
 use crate::{
     chunk::{CHUNK_BYTES, Fingerprint, Sha256Digest, fingerprint},
     error::CheckpointError,
-    location::redact_text,
     sealed::MAX_SEALED_BYTES,
     store::StoreOptions,
 };
@@ -11,6 +10,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
 use std::{ops::Range, path::PathBuf, sync::Arc, time::Duration};
+use stores::redact_text;
 use tokio::time::Instant;
 
 /// How often an operation that failed for a reason which may pass is tried in all. Clients of remote stores also try by

@@ -88,7 +88,7 @@ impl RunStore {
         url: &str,
         options: StoreOptions,
     ) -> Result<Self, CheckpointError> {
-        let url = location::redact(url);
+        let url = stores::redact_text(url);
         let root =
             Path::parse(root).map_err(|e| CheckpointError::BadUrl { url: url.clone(), reason: e.to_string() })?;
         Ok(Self::at(Location { store, root, url, folder: None }, options))

@@ -46,23 +46,23 @@ pub(crate) struct Location {
 }
 
 impl Location {
-    /// Makes the store of a URL or path; no request is made. Credentials come from the environment.
+    /// Makes the store of a URL or path; no request is made. Credentials come from where [`stores`] takes them.
     pub fn parse(text: &str) -> Result<Self, DataError> {
         let url_text = resolve(FsPath::new(""), text);
         let name = redact(&url_text);
         let refuse = |reason: String| DataError::Location { url: name.clone(), reason };
         let url = Url::parse(&url_text).map_err(|e| refuse(e.to_string()))?;
-        // What such parts hold would end up in the errors of every request; and object_store drops queries without a word.
-        if url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
-            return Err(refuse("it has a password, a query or a fragment; credentials come from the environment (AWS_…, GOOGLE_…, AZURE_…)".into()));
-        }
         let local = url.scheme() == "file";
-        let (store, path) = object_store::parse_url_opts(&url, environment(&url))
-            .map_err(|e| refuse(e.to_string().replace(url.as_str(), &name)))?;
+        let (store, path) = stores::open(&url, stores::Bounds::default()).map_err(|error| {
+            refuse(match error {
+                stores::StoreError::Url { reason, .. } => reason,
+                of_file => of_file.to_string(),
+            })
+        })?;
         let prefix = if local { "/".to_owned() } else { redact(&format!("{}/", &url[..url::Position::BeforePath])) };
         let name = if local { local_path(&url_text).map_or(name, |path| path.display().to_string()) } else { name };
         let can_list = !matches!(url.scheme(), "http" | "https");
-        Ok(Self { store: Arc::from(store), path, name, prefix, local, can_list })
+        Ok(Self { store, path, name, prefix, local, can_list })
     }
 
     /// A location in a store that the caller already has.
@@ -111,22 +111,6 @@ impl Location {
         let name = format!("{}{path}", self.prefix);
         SourceFile { store: self.store.clone(), path, file_bytes, name }
     }
-}
-
-/// The environment's settings for a URL's kind of store.
-///
-/// Only variables with the vendor's prefix: the stores also know bare names such as `token` and `region`, which may mean
-/// anything in somebody's shell.
-fn environment(url: &Url) -> Vec<(String, String)> {
-    let mut settings: Vec<(String, String)> = std::env::vars_os()
-        .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
-        .filter(|(key, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| key.starts_with(prefix)))
-        .collect();
-    if url.scheme() == "http" {
-        // Whoever writes http:// has chosen it; the stores want it said twice.
-        settings.push(("allow_http".into(), "true".into()));
-    }
-    settings
 }
 
 /// A `.parquet` file whose path below the folder has no hidden part (`_temporary/`, `.cache/`).

@@ -60,15 +60,12 @@ impl RunFiles {
         let shown = redact(url);
         let refused = |error: &dyn std::fmt::Display| failed(&shown, error);
         let parsed = url::Url::parse(url).map_err(|error| refused(&error))?;
-        let ours = |key: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| key.starts_with(prefix));
-        let environment = std::env::vars().filter(|(key, _)| ours(key));
-        let environment = environment.map(|(key, value)| (key.to_ascii_lowercase(), value));
-        let (store, prefix) = object_store::parse_url_opts(&parsed, environment).map_err(|error| refused(&error))?;
+        let (store, prefix) = stores::open(&parsed, stores::Bounds::default()).map_err(|error| refused(&error))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.map_err(|error| refused(&error))?;
         let spool = tempfile::tempdir().map_err(|error| refused(&error))?;
         let folder = spool.path().to_owned();
-        let remote = Remote { _spool: spool, store: store.into(), prefix, runtime, url: shown, uploaded: Vec::new() };
+        let remote = Remote { _spool: spool, store, prefix, runtime, url: shown, uploaded: Vec::new() };
         for name in continued {
             let earlier = remote.runtime.block_on(async {
                 match remote.store.get(&remote.path(name)).await {
