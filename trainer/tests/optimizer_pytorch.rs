@@ -137,7 +137,8 @@ fn groups_clipping_schedule_and_ema_are_those_of_pytorch() {
     let folder = folder.path();
     let (model, lanes) = (model(), 4);
     let mut optimizer = optimizer(&model);
-    let buckets = Buckets::initialise(&model, lanes, LaneBlock::of(0, 1, lanes).unwrap(), 1, 0, Device::Cpu);
+    let buckets =
+        Buckets::initialise(&model, lanes, LaneBlock::of(0, 1, lanes).unwrap(), 1, 0, &Default::default(), Device::Cpu);
     write(folder, "initial", &trainable(&buckets, |_, bucket| bucket.params.shallow_clone()));
     let mut norms = Vec::new();
     for step in 1..=STEPS {

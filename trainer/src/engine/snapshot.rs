@@ -171,7 +171,7 @@ mod tests {
 
     fn buckets(rank: usize, world_size: usize) -> Buckets {
         let block = LaneBlock::of(rank, world_size, 4).unwrap();
-        Buckets::initialise(&tiny_dit(), 4, block, averages().len(), 8, Device::Cpu)
+        Buckets::initialise(&tiny_dit(), 4, block, averages().len(), 8, &Default::default(), Device::Cpu)
     }
 
     /// A checkpoint by two ranks of some of these buckets' sections.
