@@ -102,6 +102,11 @@ fn export_train_file(args: &ExportArgs) -> Result<Vec<String>> {
     let reader = run::reader(&args.checkpoint)?;
     let config = &reader.manifest().config;
     let recipe = Recipe::of_manifest(config)?;
+    if recipe.lora.is_some() {
+        bail!(
+            "--format train-pt: train.py knows no adapters; --format pt writes the weights that they are merged into"
+        );
+    }
     train_file::write(&args.out, &reader, &recipe).context("--format train-pt")?;
     let mut notes = numerics_note(&recipe.model.numerics);
     if config["optimizer"]["groups"].as_array().is_some_and(|groups| !groups.is_empty()) {

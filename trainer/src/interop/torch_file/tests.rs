@@ -328,3 +328,28 @@ print("fine")
 "#;
     assert_eq!(run_python(&python, script, &[&path]), "fine");
 }
+
+#[test]
+#[ignore = "writes 4.5 GB"]
+fn files_beyond_4_gib_read_back_here_and_in_pytorch() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("large.pt");
+    let spec = |numel: usize| TensorSpec { dtype: Dtype::F32, shape: vec![numel] };
+    // One tensor beyond 4 GiB, and one that begins beyond it.
+    let numel = (1 << 30) + 5;
+    let value =
+        PyValue::dict([("a", PyValue::Tensor("a".into(), spec(numel))), ("b", PyValue::Tensor("b".into(), spec(2)))]);
+    let values = |name: &str| {
+        let mut bytes = vec![0; if name == "a" { 4 * numel } else { 8 }];
+        let end = bytes.len() - 4;
+        bytes[end..].copy_from_slice(&7f32.to_le_bytes());
+        Ok(bytes)
+    };
+    write::write(&path, &value, values).unwrap();
+    let file = TorchFile::open(&path).unwrap();
+    assert_eq!(super::super::official::tensor(&file, "b").unwrap().double_value(&[1]), 7.0);
+    assert_eq!(file.read("a").unwrap().bytes[4 * numel - 4..], 7f32.to_le_bytes());
+    let Some(python) = python() else { return };
+    let script = "import sys, torch; w = torch.load(sys.argv[1], mmap=True); print(w['a'].shape[0], w['a'][-1].item(), w['b'].tolist())";
+    assert_eq!(run_python(&python, script, &[&path]), format!("{numel} 7.0 [0.0, 7.0]"));
+}
