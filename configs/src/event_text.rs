@@ -25,6 +25,10 @@ impl Display for Event {
                 write!(f, "validation: step {step}, {weights}  loss {loss:.4}  by time")?;
                 bins.iter().try_for_each(|bin| write!(f, " {bin:.3}"))
             }
+            Event::Scores { step, weights, scores, .. } => {
+                write!(f, "scores: step {step}, {weights} ")?;
+                scores.iter().try_for_each(|(name, score)| write!(f, " {name} {score:.3}"))
+            }
             Event::Sampling { images, total, .. } => write!(f, "sampling: {images}/{total} images  {}", self.rates()),
             Event::Sampled { images, .. } => write!(f, "done: {images} images"),
             Event::Stop { step, reason, .. } => write!(f, "stop: at step {step}, {reason}"),

@@ -113,6 +113,18 @@ pub enum Event {
         /// When.
         time: f64,
     },
+    /// Scores of samples that one set of weights has drawn.
+    Scores {
+        /// Step of the weights.
+        step: u64,
+        /// Their section in checkpoints.
+        weights: String,
+        /// By name: `fid`, `inception_score`.
+        #[serde(deserialize_with = "nans_in_map")]
+        scores: BTreeMap<String, f64>,
+        /// When.
+        time: f64,
+    },
     /// Progress of `sample`, after every batch; the first one, of 0 images, says that the ranks are up.
     Sampling {
         /// Images done.

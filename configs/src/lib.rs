@@ -14,12 +14,14 @@
 //! | [`sampler`] | the samplers by name |
 //! | [`events`] | the JSON lines that a run writes |
 //! | [`validation`] | held-out loss, and the metrics that checkpoints are chosen by |
+//! | [`fid`] | Fréchet distance during training |
 //! | [`exit`] | the exit codes of the programs |
 
 pub mod error;
 mod event_text;
 pub mod events;
 pub mod exit;
+pub mod fid;
 pub mod lanes;
 mod load;
 pub mod location;
@@ -32,6 +34,7 @@ pub mod schema;
 pub mod validation;
 
 pub use error::{ConfigError, Mistake};
+pub use fid::FidConfig;
 pub use resume::{KeyChange, changed_experiment_keys};
 pub use sampler::{GuidedChannels, Sampler};
 pub use schema::*;

@@ -14,6 +14,7 @@ use crate::validation::loss_metric;
 use crate::{location, overrides, presets};
 
 mod diffusion;
+mod fid;
 mod finetune;
 mod optimizer;
 mod validation;
@@ -120,6 +121,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
             ),
         },
         validation: validation::read(r, base),
+        fid: fid::read(r, base),
         sample: SampleConfig {
             every_steps: r.integer("sample.every_steps", 0..=ANY, 0),
             num: r.integer("sample.num", 1..=COUNT, 40) as usize,
@@ -244,15 +246,20 @@ fn optional_url(r: &mut Reader, key: &'static str, base: &Path) -> Option<String
 }
 
 fn read_folder(r: &mut Reader, key: &'static str, base: &Path) -> Option<PathBuf> {
+    read_path(r, key, base, "folder")
+}
+
+/// A local path; `what` it leads to.
+fn read_path(r: &mut Reader, key: &'static str, base: &Path, what: &str) -> Option<PathBuf> {
     let text = r.optional_text(key)?;
-    let folder = match location::defect(&text) {
+    let path = match location::defect(&text) {
         None => location::local_path(&location::resolve(base, &text)),
         Some(_) => None,
     };
-    if folder.is_none() {
-        r.refuse(key, "is not a folder on this machine", "give the path of a local folder");
+    if path.is_none() {
+        r.refuse(key, format!("is not a {what} on this machine"), format!("give the path of a local {what}"));
     }
-    folder
+    path
 }
 
 /// Keys against each other. A key that already has a mistake is left out of it.
@@ -273,6 +280,7 @@ fn check(r: &mut Reader, c: &RunConfig) {
     }
     optimizer::check(r, c);
     validation::check(r, c);
+    fid::check(r, c);
     check_sampling(r, c);
 }
 
@@ -346,10 +354,10 @@ fn check_sampling(r: &mut Reader, c: &RunConfig) {
     if r.sound(&["sample.cfg_interval"]) && low > high {
         r.refuse("sample.cfg_interval", "ends before it begins", format!("use [{high:?}, {low:?}]"));
     }
-    if c.sample.every_steps == 0 {
+    if c.sample.every_steps == 0 && c.fid.is_none() {
         return;
     }
-    if r.sound(&["sample.vae"]) && c.sample.vae.is_none() {
+    if r.sound(&["sample.vae"]) && c.sample.vae.is_none() && c.sample.every_steps > 0 {
         r.refuse(
             "sample.every_steps",
             "asks for sample images, but there is no sample.vae to decode them",

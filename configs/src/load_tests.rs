@@ -308,6 +308,29 @@ fn validation_and_best_checkpoints_must_fit_together() {
 }
 
 #[test]
+fn fid_needs_a_reference_weights_and_a_vae_and_can_choose_the_best_checkpoint() {
+    let given = ["fid.reference=../ref.npz", "fid.inception=/i.pth", "sample.vae=/vae", "fid.every_steps=500"];
+    let with = |more: &[&'static str]| [&given[..], more].concat();
+    let config = load(SMALL, &with(&["checkpoint.best_metric=fid/ema", "checkpoint.keep_best=1"])).unwrap();
+    let fid = config.fid.clone().unwrap();
+    assert_eq!((fid.reference.to_str(), fid.num), (Some("/home/ada/ref.npz"), 10_000));
+    assert_eq!(config.metrics(), [("fid/ema".to_owned(), 500), ("inception_score/ema".to_owned(), 500)]);
+    assert!(load(SMALL, &[]).unwrap().to_json().get("fid").is_none());
+    for (given, key) in [
+        (vec!["fid.num=5"], "fid.reference"),
+        (vec!["fid.reference=/r.npz", "sample.vae=/vae"], "fid.inception"),
+        (vec!["fid.reference=/r.npz", "fid.inception=/i.pth"], "fid.reference"),
+        (with(&["fid.weights=[\"emma\"]"]), "fid.weights"),
+        (with(&["fid.num=1"]), "fid.num"),
+        (with(&["model.class_dropout_prob=0"]), "model.class_dropout_prob"),
+        (with(&["checkpoint.best_metric=sfid/ema"]), "checkpoint.best_metric"),
+        (with(&["checkpoint.best_metric=fid/ema", "checkpoint.every_steps=750"]), "checkpoint.best_metric"),
+    ] {
+        assert_eq!(mistake(&given).key, key, "{given:?}");
+    }
+}
+
+#[test]
 fn a_key_with_a_mistake_is_not_blamed_twice() {
     assert_eq!(mistake(&["model.num_heads=0"]).key, "model.num_heads");
     assert_eq!(mistake(&["model.preset=DiT-M/2", "model.input_size=9"]).key, "model.preset");

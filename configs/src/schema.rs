@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fid::FidConfig;
 use crate::sampler::{GuidedChannels, Sampler};
 use crate::validation::ValidationConfig;
 
@@ -41,6 +42,9 @@ pub struct RunConfig {
     /// Held-out loss; `None` without `validation.url`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation: Option<ValidationConfig>,
+    /// Fréchet distance of samples during training; `None` without `fid.reference`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fid: Option<FidConfig>,
     /// Sample grids during training, and defaults of `trainer sample`.
     pub sample: SampleConfig,
     /// Logging.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::fid::FidConfig;
 use crate::schema::{EmaConfig, RunConfig};
 
 /// Section of a checkpoint that the weights themselves are in.
@@ -66,9 +67,13 @@ impl RunConfig {
 
     /// The metrics that this run measures at every step that is a multiple of the number beside them, and at its last step.
     pub fn metrics(&self) -> Vec<(String, u64)> {
-        let Some(validation) = self.validation.as_ref().filter(|validation| validation.every_steps > 0) else {
-            return Vec::new();
-        };
-        validation.weights.iter().map(|weights| (loss_metric(weights), validation.every_steps)).collect()
+        let mut metrics = Vec::new();
+        if let Some(validation) = self.validation.as_ref().filter(|validation| validation.every_steps > 0) {
+            metrics.extend(validation.weights.iter().map(|weights| (loss_metric(weights), validation.every_steps)));
+        }
+        for (fid, metric) in self.fid.iter().flat_map(|fid| FidConfig::METRICS.map(|metric| (fid, metric))) {
+            metrics.extend(fid.weights.iter().map(|weights| (format!("{metric}/{weights}"), fid.every_steps)));
+        }
+        metrics
     }
 }

@@ -40,7 +40,7 @@ pub(super) fn check(r: &mut Reader, c: &RunConfig) {
     match &c.validation {
         Some(validation) => {
             check_draws(r, validation);
-            check_weights(r, c, &validation.weights);
+            check_sections(r, c, "validation.weights", &validation.weights);
         }
         None => {
             if let Some(key) = KEYS.into_iter().find(|key| r.given(key)) {
@@ -73,19 +73,20 @@ fn check_draws(r: &mut Reader, validation: &ValidationConfig) {
     }
 }
 
-fn check_weights(r: &mut Reader, c: &RunConfig, weights: &[String]) {
-    if !r.sound(&["validation.weights", "ema.further_decays", "ema.power"]) {
+/// `key` names some of the sections that checkpoints have, each once.
+pub(super) fn check_sections(r: &mut Reader, c: &RunConfig, key: &'static str, weights: &[String]) {
+    if !r.sound(&[key, "ema.further_decays", "ema.power"]) {
         return;
     }
     let sections = c.weight_sections();
     let names: Vec<String> = sections.iter().map(|name| format!("\"{name}\"")).collect();
     let advice = format!("use some of {}", names.join(", "));
     if weights.is_empty() {
-        r.refuse("validation.weights", "names no weights", advice);
+        r.refuse(key, "names no weights", advice);
     } else if let Some(unknown) = weights.iter().find(|name| !sections.contains(name)) {
-        r.refuse("validation.weights", format!("has \"{unknown}\", which no checkpoint of this run has"), advice);
+        r.refuse(key, format!("has \"{unknown}\", which no checkpoint of this run has"), advice);
     } else if (1..weights.len()).any(|index| weights[..index].contains(&weights[index])) {
-        r.refuse("validation.weights", "names weights twice", advice);
+        r.refuse(key, "names weights twice", advice);
     }
 }
 
@@ -93,7 +94,14 @@ fn check_weights(r: &mut Reader, c: &RunConfig, weights: &[String]) {
 fn check_best(r: &mut Reader, c: &RunConfig) {
     let (metric, keep_best) = (&c.checkpoint.best_metric, c.checkpoint.keep_best);
     let keys = ["checkpoint.best_metric", "checkpoint.keep_best", "checkpoint.every_steps"];
-    let measured = ["validation.url", "validation.every_steps", "validation.weights"];
+    let measured = [
+        "validation.url",
+        "validation.every_steps",
+        "validation.weights",
+        "fid.reference",
+        "fid.every_steps",
+        "fid.weights",
+    ];
     let asked_for = keep_best > 0 || r.given("checkpoint.best_metric");
     if !asked_for || !r.sound(&keys) || !r.sound(&measured) {
         return;
@@ -103,7 +111,7 @@ fn check_best(r: &mut Reader, c: &RunConfig) {
     let Some((_, every)) = metrics.iter().find(|(name, _)| name == metric) else {
         let names: Vec<String> = metrics.iter().map(|(name, _)| format!("\"{name}\"")).collect();
         let advice = match names.is_empty() {
-            true => "set validation.url and validation.every_steps".to_owned(),
+            true => "set validation.url and validation.every_steps, or fid.reference".to_owned(),
             false => format!("set checkpoint.best_metric to {}", names.join(" or ")),
         };
         r.refuse(key, format!("needs the metric \"{metric}\", which this run does not measure"), advice);

@@ -208,6 +208,7 @@ impl Watch {
             | Event::Step { .. }
             | Event::Sample { .. }
             | Event::Validation { .. }
+            | Event::Scores { .. }
             | Event::Sampling { .. } => {}
             Event::Sampled { .. } => self.is_done = true,
         }

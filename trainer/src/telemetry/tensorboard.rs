@@ -127,6 +127,9 @@ fn scalars(event: &Event) -> (u64, Vec<(String, f64)>) {
             scalars.extend(bins.iter().enumerate().map(bin));
             (*step, scalars)
         }
+        Event::Scores { step, weights, scores, .. } => {
+            (*step, scores.iter().map(|(name, score)| (format!("{name}/{weights}"), *score)).collect())
+        }
         _ => (0, Vec::new()),
     }
 }
