@@ -56,6 +56,14 @@ pub enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
         options: Vec<OsString>,
     },
+    /// FID, sFID, Inception Score, precision and recall of samples, computed by all ranks; the same scores from any number of
+    /// them. All options are those of `trainer evaluate`; `[fid]` of the config gives reference and Inception weights.
+    #[command(disable_help_flag = true)]
+    Evaluate {
+        /// Options of `trainer evaluate`, such as --samples samples.npz; see `trainer evaluate --help`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        options: Vec<OsString>,
+    },
 }
 
 /// What starts the ranks.
@@ -94,6 +102,7 @@ impl Cli {
             job: match self.command {
                 None => Job::Train,
                 Some(Command::Sample { .. }) => Job::Sample,
+                Some(Command::Evaluate { .. }) => Job::Evaluate,
             },
         }
     }

@@ -21,6 +21,8 @@ pub enum Job {
     Train,
     /// Sampling: batches are dealt to any number of ranks.
     Sample,
+    /// Evaluation: likewise.
+    Evaluate,
 }
 
 /// The part of the command line that the plan depends on.
@@ -152,7 +154,7 @@ impl Plan {
                 let nodes = floor_power_of_two(offered.min(train.lanes / asked.unwrap_or(1)));
                 (nodes, asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes))))
             }
-            Job::Sample => (offered, asked.unwrap_or(capacity.max(1))),
+            Job::Sample | Job::Evaluate => (offered, asked.unwrap_or(capacity.max(1))),
         };
         let world_size = nodes * procs_per_node;
         let threads = procs_per_node * train.threads_per_rank;
@@ -241,6 +243,7 @@ pub fn show(plan: &Plan, command: Result<&EngineCommand, &NotBuilt>, as_json: bo
     match plan.job {
         Job::Train => println!("run           {}, {} steps", plan.run_url, plan.steps),
         Job::Sample => println!("run           {}, sampling", plan.run_url),
+        Job::Evaluate => println!("run           {}, evaluation", plan.run_url),
     }
     println!("engine        {}", plan.via);
     println!("nodes         {} × {} ranks = world size {}", plan.nodes, plan.procs_per_node, plan.world_size);

@@ -33,16 +33,21 @@ impl End {
     pub fn verdict(&self) -> (i32, String) {
         match self.job {
             Job::Train => self.of_training(),
-            Job::Sample => self.of_sampling(),
+            Job::Sample => self.of_batches("all samples are written", "no samples were written"),
+            // It ends without an error only when the scores have been computed.
+            Job::Evaluate => {
+                let is_done = self.is_done || self.ended == Ended::Exit(exit::OK);
+                Self { is_done, ..self.clone() }.of_batches("evaluated", "no scores were computed")
+            }
         }
     }
 
-    fn of_sampling(&self) -> (i32, String) {
-        let nothing = "no samples were written";
+    /// Of work that is either done or not: there is nothing to go on from.
+    fn of_batches(&self, done: &str, nothing: &str) -> (i32, String) {
         let cause = self.fault.clone().map(|fault| format!(" ({fault})")).unwrap_or_default();
         match (self.forced, self.ended, &self.fault) {
             (Some(why), ..) => (exit::FAILED, format!("all ranks were ended: {why}{cause}; {nothing}")),
-            (_, Ended::Exit(exit::OK), _) if self.is_done => (exit::OK, "all samples are written".to_owned()),
+            (_, Ended::Exit(exit::OK), _) if self.is_done => (exit::OK, done.to_owned()),
             // `trainer sample --help` and the like.
             (_, Ended::Exit(exit::OK), _) if !self.is_started => (exit::OK, "nothing was to be drawn".to_owned()),
             _ if self.is_stop_asked => (exit::FAILED, format!("stopped on request; {nothing}")),
@@ -123,6 +128,18 @@ mod tests {
         assert_eq!((code, text.as_str()), (exit::FAILED, "stopped on request; no samples were written"));
         let (code, text) = End { fault: Some("rank 1 failed: bad".into()), ..sampling(Ended::Exit(1)) }.verdict();
         assert!(code == exit::FAILED && text.starts_with("rank 1 failed: bad") && !text.contains("step"), "{text}");
+    }
+
+    #[test]
+    fn evaluation_is_done_when_it_ends_without_an_error() {
+        let evaluation = |ended| End { job: Job::Evaluate, ..end(ended) };
+        assert_eq!(evaluation(Ended::Exit(0)).verdict(), (exit::OK, "evaluated".to_owned()));
+        let (code, text) = End { fault: Some("rank 1 failed: bad".into()), ..evaluation(Ended::Exit(1)) }.verdict();
+        assert_eq!(
+            (code, text.as_str()),
+            (exit::FAILED, "rank 1 failed: bad; all ranks were ended; no scores were computed")
+        );
+        assert_eq!(End { forced: Some("asked twice"), ..evaluation(Ended::Exit(0)) }.verdict().0, exit::FAILED);
     }
 
     #[test]

@@ -1,20 +1,28 @@
 //! `trainer evaluate`: the field's scores of a set of samples.
 
-use super::ranks::conclude;
+use super::ranks::{conclude, end_with_parent};
 use crate::device::DeviceChoice;
 use crate::engine::agree::{Agreed, agree};
 use crate::ffi;
-use crate::metrics::{Extractor, Fit, ImageSet, Inception, MetricsError, Scores, Statistics, Wanted};
+use crate::metrics::{Extractor, Fit, ImageSet, Inception, Reference, Scores, Statistics, Wanted};
 use anyhow::{Context, Result, bail};
 use collective::Collective;
-use configs::exit;
+use configs::{RunConfig, exit};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::cell::Cell;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 /// Options of `trainer evaluate`.
 #[derive(clap::Args)]
 pub struct EvaluateArgs {
+    /// A run's config, for what is not given here: fid.reference and fid.inception, threads, deadline.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Overrides of the config's keys.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    overrides: Vec<String>,
     /// The samples: FILE.npz (arr_0, uint8 [N, H, W, 3]), a folder of images, or idx:DIR[:train|test], folder:DIR, tar:GLOB.
     #[arg(long, value_name = "FILE.npz|DIR")]
     samples: Option<String>,
@@ -24,9 +32,9 @@ pub struct EvaluateArgs {
     reference: Option<String>,
     /// Inception weights: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or its tensors as safetensors.
     #[arg(long, value_name = "FILE")]
-    inception: PathBuf,
+    inception: Option<PathBuf>,
     /// Keeps the reference's statistics: given as --reference, the file spares the next evaluation all work on the reference.
-    #[arg(long, value_name = "FILE.npz", requires = "reference")]
+    #[arg(long, value_name = "FILE.npz")]
     save_stats: Option<PathBuf>,
     /// Crops the images of folders and other sources (not of .npz files) to centred squares of N, as ADM crops.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
@@ -43,7 +51,7 @@ pub struct EvaluateArgs {
     /// Prints one JSON object.
     #[arg(long)]
     json: bool,
-    /// CPU threads of this process; all cores when not given.
+    /// CPU threads of this process [default: all cores; with --config its train.threads_per_rank].
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]
     threads: Option<i32>,
     /// Where to compute.
@@ -51,25 +59,33 @@ pub struct EvaluateArgs {
     device: DeviceChoice,
 }
 
-/// How long ranks wait for each other: for the slowest batch, and for the reading of statistics.
+/// How long ranks wait for each other at least: rank 0 alone computes the scores from the features.
 const DEADLINE: Duration = Duration::from_secs(1800);
 
 /// Evaluates, together with the other ranks of the world where there are any, and gives the exit code.
 ///
 /// # Errors
-/// No world. Later failures are reported here, by one rank, because the others must be ended too.
+/// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
 pub fn evaluate(args: &EvaluateArgs) -> Result<i32> {
-    let collective = collective::from_environment(DEADLINE)?;
-    match run(args, &*collective) {
+    let config = args.config.as_ref().map(|path| RunConfig::load(path, &args.overrides)).transpose()?;
+    if config.is_some() {
+        end_with_parent();
+    }
+    let timeout = config.as_ref().map_or(DEADLINE, |config| Duration::from_secs(config.collective.timeout_s));
+    let collective = collective::from_environment(timeout.max(DEADLINE))?;
+    match run(args, config.as_ref(), &*collective) {
         Ok(()) => Ok(exit::OK),
         Err(error) => Ok(conclude(&*collective, &error, error.is::<Agreed>())),
     }
 }
 
-fn run(args: &EvaluateArgs, collective: &dyn Collective) -> Result<()> {
-    let Prepared { samples, reference, inception } = agree(collective, Prepared::new(args, collective))?;
+fn run(args: &EvaluateArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<()> {
+    let Prepared { samples, reference, inception } = agree(collective, Prepared::new(args, config, collective))?;
     let extractor = Extractor::new(&inception, collective, args.batch as usize);
-    let reference = reference.statistics(args.reference_num as usize, &extractor)?;
+    let wanted = Wanted { spatial: true, features: args.reference_num as usize };
+    let bar = Progress::of("reference", reference.needed(wanted).map(|(images, _)| images), &extractor);
+    let reference = reference.statistics(wanted, &extractor, &|images| bar.add(images))?;
+    drop(bar);
     if let Some(path) = &args.save_stats {
         let saved = reference.as_ref().map_or(Ok(()), |reference| reference.save(path, inception.digest()));
         agree(collective, saved.context("--save-stats"))?;
@@ -77,7 +93,9 @@ fn run(args: &EvaluateArgs, collective: &dyn Collective) -> Result<()> {
     let Some(samples) = samples else { return Ok(()) };
     let count = samples.count();
     let wanted = Wanted { spatial: reference.as_ref().is_none_or(|of| of.spatial.is_some()), features: count };
-    let samples = with_progress("samples", &samples, wanted, &extractor)?;
+    let bar = Progress::of("samples", Some(&samples), &extractor);
+    let samples = Statistics::of_set(&extractor, &samples, wanted, &|images| bar.add(images))?;
+    drop(bar);
     let scores = match (reference, samples) {
         (Some(reference), Some(samples)) => Scores::compute(&inception, &samples, &reference).map(Some),
         _ => Ok(None),
@@ -95,76 +113,67 @@ struct Prepared {
     inception: Inception,
 }
 
-/// What is known of the reference.
-struct Reference {
-    images: Option<ImageSet>,
-    statistics: Option<Statistics>,
-}
-
 impl Prepared {
-    fn new(args: &EvaluateArgs, collective: &dyn Collective) -> Result<Self> {
+    fn new(args: &EvaluateArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<Self> {
         if args.samples.is_none() && args.save_stats.is_none() {
             bail!("nothing to do: give --samples, or --reference with --save-stats FILE.npz");
         }
-        let reference = args.reference.as_ref();
-        let reference =
-            reference.context("--reference is missing: FID, precision and recall compare the samples with it")?;
-        if let Some(threads) = args.threads {
+        let of_config = config.and_then(|config| config.fid.as_ref());
+        let reference = args.reference.as_deref().or(of_config.and_then(|fid| fid.reference.to_str()));
+        let reference = reference.context("--reference is missing: what the samples are compared with")?;
+        let inception = args.inception.as_ref().or(of_config.map(|fid| &fid.inception));
+        let inception = inception.context("--inception is missing: the file of Inception weights")?;
+        if let Some(threads) = args.threads.or(config.map(|config| config.train.threads_per_rank as i32)) {
             tch::set_num_threads(threads);
+            tch::set_num_interop_threads(1);
         }
         ffi::set_deterministic()?;
         let device = args.device.device(collective.local_rank())?;
         let fit = Fit { image_size: args.image_size.map(|size| size as usize), pad: args.pad };
         let samples = args.samples.as_ref().map(|samples| ImageSet::open(samples, fit)).transpose();
         let samples = samples.context("--samples")?;
-        let inception = Inception::load(&args.inception, device).context("--inception")?;
+        let inception = Inception::load(inception, device).context("--inception")?;
         let reference = Reference::open(reference, fit, inception.digest()).context("--reference")?;
         Ok(Self { samples, reference, inception })
     }
 }
 
-impl Reference {
-    /// `digest` is that of the Inception weights.
-    fn open(spec: &str, fit: Fit, digest: Option<&str>) -> Result<Self, MetricsError> {
-        let path = Path::new(spec);
-        let statistics = if path.is_file() { Statistics::read(path, digest)? } else { None };
-        let images = match ImageSet::open(spec, fit) {
-            Ok(images) => Some(images),
-            // Statistics alone are enough.
-            Err(_) if statistics.is_some() => None,
-            Err(error) => return Err(error),
+/// Shows on rank 0 how many pictures are done: a bar, or a line now and then where nobody looks at a terminal.
+struct Progress {
+    bar: ProgressBar,
+    what: &'static str,
+    said: Cell<Instant>,
+}
+
+/// Between two lines.
+const PAUSE: Duration = Duration::from_secs(30);
+
+impl Progress {
+    fn of(what: &'static str, images: Option<&ImageSet>, extractor: &Extractor) -> Self {
+        let bar = match images.filter(|_| extractor.collects()) {
+            Some(images) => ProgressBar::new(images.count() as u64),
+            None => ProgressBar::hidden(),
         };
-        Ok(Self { images, statistics })
+        let template = format!("{what:9} {{bar:40}} {{pos}}/{{len}} images  {{per_sec}}  eta {{eta}}");
+        if let Ok(style) = ProgressStyle::with_template(&template) {
+            bar.set_style(style);
+        }
+        Self { bar, what, said: Cell::new(Instant::now()) }
     }
 
-    /// The statistics that the file has, the rest from the images. All ranks call it together, rank 0 gets the result.
-    fn statistics(self, features: usize, extractor: &Extractor) -> Result<Option<Statistics>> {
-        match (self.statistics, self.images) {
-            (None, Some(images)) => with_progress("reference", &images, Wanted { spatial: true, features }, extractor),
-            (Some(mut known), Some(images)) if known.features.size()[0] == 0 => {
-                let found = with_progress("reference", &images, Wanted { spatial: false, features }, extractor)?;
-                Ok(found.map(|found| {
-                    known.features = found.features;
-                    known
-                }))
-            }
-            (known, _) => Ok(known.filter(|_| extractor.collects())),
+    fn add(&self, images: usize) {
+        self.bar.inc(images as u64);
+        if !std::io::stderr().is_terminal() && self.said.get().elapsed() >= PAUSE {
+            self.said.set(Instant::now());
+            eprintln!("{}: {}/{} images", self.what, self.bar.position(), self.bar.length().unwrap_or_default());
         }
     }
 }
 
-fn with_progress(what: &str, images: &ImageSet, wanted: Wanted, extractor: &Extractor) -> Result<Option<Statistics>> {
-    let bar = match extractor.collects() {
-        true => ProgressBar::new(images.count() as u64),
-        false => ProgressBar::hidden(),
-    };
-    let template = format!("{what:9} {{bar:40}} {{pos}}/{{len}} images  {{per_sec}}  eta {{eta}}");
-    if let Ok(style) = ProgressStyle::with_template(&template) {
-        bar.set_style(style);
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
     }
-    let statistics = Statistics::of_set(extractor, images, wanted, &|images| bar.inc(images as u64));
-    bar.finish_and_clear();
-    statistics
 }
 
 fn print(args: &EvaluateArgs, count: usize, inception: &Inception, scores: &Scores) {

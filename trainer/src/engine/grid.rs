@@ -1,17 +1,15 @@
 //! Sample grids while training: fixed noise and labels, EMA weights, the images shared out over all ranks so that
 //! nobody waits long.
 
+use super::drawer::Drawer;
 use super::rank::Rank;
 use super::share::share_out;
-use crate::diffusion::Process;
 use crate::images::{Grid, ImageBatch};
 use crate::model::Model;
-use crate::recipe::Recipe;
-use crate::sampling::{Generator, Guidance, SamplerKind, SamplerOptions, SamplingOptions};
-use crate::vae::AutoencoderKl;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use configs::RunConfig;
 use configs::events::{Event, now};
+use std::rc::Rc;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -19,49 +17,20 @@ use tch::{Device, Kind, Tensor};
 pub struct SampleGrid {
     model: Arc<dyn Model>,
     device: Device,
-    generator: Generator,
-    vae: AutoencoderKl,
-    labels: Vec<i64>,
-    batch: usize,
+    drawer: Rc<Drawer>,
+    num: usize,
 }
 
 impl SampleGrid {
     /// The grid that the config asks for; `None` when it asks for none.
-    ///
-    /// # Errors
-    /// When the VAE cannot be loaded.
     pub fn from_config(
         config: &RunConfig,
-        recipe: &Recipe,
+        drawer: Option<&Rc<Drawer>>,
         model: Arc<dyn Model>,
         device: Device,
-    ) -> Result<Option<Self>> {
-        let sample = &config.sample;
-        let (Some(vae), true) = (&sample.vae, sample.every_steps > 0) else { return Ok(None) };
-        let vae = AutoencoderKl::load(vae, device).context("`sample.vae`")?;
-        if let Some(warning) = recipe.check_vae(&vae).context("`sample.vae`")? {
-            eprintln!("trainer: warning: `sample.vae`: {warning}");
-        }
-        let process = recipe.process();
-        let is_flow = matches!(process, Process::Flow);
-        let kind = sample.sampler.unwrap_or(SamplerKind::default_of_grids(is_flow));
-        let options = SamplingOptions {
-            sampler: SamplerOptions {
-                eta: sample.eta,
-                clip_denoised: sample.clip_denoised,
-                ..SamplerOptions::new(kind, sample.steps)
-            },
-            guidance: Guidance {
-                scale: sample.cfg_scale,
-                channels: sample.cfg_channels,
-                interval: sample.cfg_interval,
-            },
-            seed: sample.seed,
-        };
-        let generator = Generator::new(model.clone(), &process, options, device).context("`sample.sampler`")?;
-        let classes = recipe.model.num_classes;
-        let labels = (0..sample.num as i64).map(|number| number % classes).collect();
-        Ok(Some(Self { model, device, generator, vae, labels, batch: sample.batch }))
+    ) -> Option<Self> {
+        let drawer = drawer.filter(|_| config.sample.every_steps > 0)?;
+        Some(Self { model, device, drawer: drawer.clone(), num: config.sample.num })
     }
 
     /// Draws the grid of `step` on all ranks together; rank 0 keeps and shows it.
@@ -70,18 +39,15 @@ impl SampleGrid {
     /// What the collective, the VAE or the journal reports.
     pub fn draw(&self, rank: &mut Rank, step: u64) -> Result<()> {
         let weights = rank.stepper.gather_ema()?;
-        let scaling_factor = rank.recipe.dataset.scaling_factor;
+        let batch = self.drawer.batch;
         let mut draw = |number: usize| {
-            let labels = &self.labels[number * self.batch..self.labels.len().min((number + 1) * self.batch)];
-            let first = (number * self.batch) as u64;
+            let range = number * batch..self.num.min((number + 1) * batch);
             // A picture that cannot be drawn must not end the run.
-            let latents = self.generator.latents(&weights, first, labels).unwrap_or_else(|error| {
+            self.drawer.draw(&weights, range.clone()).or_else(|error| {
                 eprintln!("trainer: warning: sample grid of step {step}: {error}; gray images in its place");
-                let shape = [&[labels.len() as i64], self.model.latent_shape()].concat();
-                Tensor::zeros(shape, (Kind::Float, self.device))
-            });
-            let latents = latents / scaling_factor;
-            Ok(ImageBatch::from_tensor(&self.vae.decode(&latents)?)?)
+                let shape = [&[range.len() as i64], self.model.latent_shape()].concat();
+                self.drawer.decode(&Tensor::zeros(shape, (Kind::Float, self.device)))
+            })
         };
         let mut all: Option<ImageBatch> = None;
         let mut take = |batch: ImageBatch| match &mut all {
@@ -91,7 +57,7 @@ impl SampleGrid {
             }
             Some(all) => Ok(all.append(batch)?),
         };
-        share_out(&*rank.collective, self.labels.len().div_ceil(self.batch), &mut draw, &mut take)?;
+        share_out(&*rank.collective, self.num.div_ceil(batch), &mut draw, &mut take)?;
         let Some(images) = all else { return Ok(()) };
         let columns = (rank.recipe.model.num_classes as usize).clamp(1, 10);
         let grid = Grid::new(&images, columns, 2)?;

@@ -2,6 +2,8 @@
 
 pub mod agree;
 pub mod bucket;
+pub mod drawer;
+pub mod fid;
 pub mod grid;
 pub mod groups;
 pub mod initial;

@@ -2,6 +2,8 @@
 
 use super::agree::{Agreed, agree, decided_by_rank_0};
 use super::bucket::Buckets;
+use super::drawer::Drawer;
+use super::fid::Fid;
 use super::grid::SampleGrid;
 use super::optimizer::Optimizer;
 use super::saver::Saver;
@@ -56,6 +58,8 @@ pub struct Rank {
     pub grid: Option<SampleGrid>,
     /// Held-out loss, where the config asks for it.
     pub validation: Option<Validation>,
+    /// Fréchet distance of samples, where the config asks for it.
+    pub fid: Option<Fid>,
     /// Stop requests.
     pub stop: StopFlag,
 }
@@ -83,8 +87,10 @@ impl Rank {
         compare_records(&*collective, &record)?;
         let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
         let mut optimizer = agree(&*collective, Optimizer::of_config(&config, &*model).map_err(Into::into))?;
-        let grid = agree(&*collective, SampleGrid::from_config(&config, &recipe, model.clone(), device))?;
+        let drawer = agree(&*collective, Drawer::from_config(&config, &recipe, model.clone(), device))?;
+        let grid = SampleGrid::from_config(&config, drawer.as_ref(), model.clone(), device);
         let validation = Validation::from_config(&config, &recipe, &model, device, &*collective)?;
+        let fid = Fid::from_config(&config, drawer.as_ref(), device, &*collective)?;
         let manifest = decided_by_rank_0(&*collective, || find_checkpoint(&config, &record, &store))?;
         let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
         let (initial, initialised) = match &manifest {
@@ -141,6 +147,7 @@ impl Rank {
             journal,
             grid,
             validation,
+            fid,
             stop,
         })
     }

@@ -70,6 +70,12 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
             metrics.extend(validation.measure(rank, step)?);
             rank.validation = Some(validation);
         }
+        if due(rank.config.fid.as_ref().map_or(0, |fid| fid.every_steps))
+            && let Some(fid) = rank.fid.take()
+        {
+            metrics.extend(fid.measure(rank, step)?);
+            rank.fid = Some(fid);
+        }
         if due(rank.config.checkpoint.every_steps) || stop {
             rank.stepper.wait_for_all_weights()?;
             let saved = rank.saver.save(step, &rank.stepper, metrics, &rank.record)?;

@@ -60,6 +60,16 @@ impl ImageBatch {
         Self::new([count, channels, height, width].map(|n| n as usize), pixels)
     }
 
+    /// # Shapes
+    /// uint8 `[count, 3, height, width]` on the CPU; gray images fill all three channels.
+    ///
+    /// # Errors
+    /// A refusal by libtorch.
+    pub fn to_rgb_tensor(&self) -> Result<Tensor, ImageError> {
+        let shape = [self.count, self.channels, self.height, self.width].map(|side| side as i64);
+        Ok(Tensor::f_from_slice(&self.pixels)?.f_view(shape)?.f_expand([shape[0], 3, shape[2], shape[3]], false)?)
+    }
+
     /// Appends the images of `other`.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ mod manifold;
 mod npz;
 #[cfg(test)]
 mod npz_tests;
+mod reference;
 mod resize;
 mod score;
 mod scores;
@@ -27,6 +28,7 @@ pub use gaussian::{Gaussian, Moments};
 pub use images::{Fit, ImageReader, ImageSet};
 pub use inception::{Features, Inception, POOL_FEATURES, SPATIAL_FEATURES};
 pub use manifold::precision_recall;
+pub use reference::Reference;
 pub use resize::resize_bilinear_tf1;
 pub use score::inception_score;
 pub use scores::Scores;
