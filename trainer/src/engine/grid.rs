@@ -50,12 +50,12 @@ impl SampleGrid {
             })
         };
         let mut all: Option<ImageBatch> = None;
-        let mut take = |batch: ImageBatch| match &mut all {
-            None => {
-                all = Some(batch);
-                Ok(())
+        let mut take = |batch: ImageBatch| {
+            match &mut all {
+                None => all = Some(batch),
+                Some(all) => all.append(batch)?,
             }
-            Some(all) => Ok(all.append(batch)?),
+            Ok(())
         };
         share_out(&*rank.collective, self.num.div_ceil(batch), &mut draw, &mut take)?;
         let Some(images) = all else { return Ok(()) };
