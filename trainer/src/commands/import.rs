@@ -94,6 +94,12 @@ pub fn import(args: &ImportArgs) -> Result<()> {
         println!("note: all averages of `[ema]` begin as the source's one");
     }
     origin.notes.iter().for_each(|note| println!("note: {note}"));
+    if let Some(theirs) = origin.numerics.filter(|theirs| *theirs != recipe.model.numerics) {
+        println!(
+            "note: the source counts as {theirs:?}; `model.numerics` of the config means {:?}",
+            recipe.model.numerics
+        );
+    }
     if optimizer_step == 0 {
         println!("note: no optimizer state, so AdamW's moments start from zero");
     }

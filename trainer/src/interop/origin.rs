@@ -2,8 +2,9 @@
 
 use super::file::{self, TensorFile};
 use super::train_file::{self, MOMENTS, OptimizerState};
-use super::{InteropError, WeightsSection, diffusers, official, run, values};
+use super::{InteropError, NamedWeights, WeightsSection, diffusers, official, run, values};
 use crate::model::ParamSpec;
+use crate::model::dit::Numerics;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use tch::Tensor;
@@ -14,6 +15,8 @@ pub struct Origin {
     ema: Section,
     file: Option<Box<dyn TensorFile>>,
     optimizer: Option<OptimizerState>,
+    /// The constants that its model computes with, where it says so.
+    pub numerics: Option<Numerics>,
     /// What people should know about it.
     pub notes: Vec<String>,
 }
@@ -88,11 +91,12 @@ impl Origin {
         if wide {
             notes.push("its float64 tensors are rounded to float32".to_owned());
         }
-        Ok(Self { model: Section::InFile(model), ema, optimizer, notes, file: Some(file) })
+        Ok(Self { model: Section::InFile(model), ema, optimizer, numerics: None, notes, file: Some(file) })
     }
 
     fn of_folder(source: &str) -> Result<Self, OriginError> {
-        let model = super::read_weights(source, WeightsSection::Model)?.tensors;
+        let NamedWeights { tensors: model, model: config } = super::read_weights(source, WeightsSection::Model)?;
+        let numerics = config.map(|config| config.numerics);
         let is_diffusers = configs::location::local_path(source).is_some_and(|path| diffusers::is_folder(&path));
         let (ema, notes) = match is_diffusers {
             true => {
@@ -101,7 +105,7 @@ impl Origin {
             }
             false => (Section::InMemory(super::read_weights(source, WeightsSection::Ema)?.tensors), Vec::new()),
         };
-        Ok(Self { model: Section::InMemory(model), ema, file: None, optimizer: None, notes })
+        Ok(Self { model: Section::InMemory(model), ema, file: None, optimizer: None, numerics, notes })
     }
 
     fn misfits(&self, section: &Section, params: &[(String, ParamSpec)]) -> Vec<String> {
