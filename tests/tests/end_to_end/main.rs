@@ -13,3 +13,4 @@ mod same_bits;
 mod sampling;
 mod stopping;
 mod telemetry;
+mod validation;

@@ -18,7 +18,10 @@ fn tensorboard_reads_every_step() {
     let experiment = Experiment::new();
     let vae = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/vae/fashion-kl-f4");
     let vae = format!("sample.vae={:?}", vae.to_str().unwrap());
-    experiment.train(2, "run", &["sample.every_steps=10", "sample.num=2", "sample.steps=2", &vae]);
+    let validation = format!("validation.url={:?}", experiment.path("data").to_str().unwrap());
+    let validation = [&validation, "validation.every_steps=5", "validation.bins=3"];
+    let samples = ["sample.every_steps=10", "sample.num=2", "sample.steps=2", &vae];
+    experiment.train(2, "run", &[&samples[..], &validation].concat());
     let script = r#"
 import sys, json
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -51,6 +54,17 @@ print(json.dumps({"scalars": {tag: [(e.step, e.value) for e in events.Scalars(ta
             assert!((found - expected).abs() <= 1e-6 * expected.abs(), "{tag} at {}: {found} {expected}", point[0]);
         }
     }
+    let log = experiment.log("run");
+    let validations = log.iter().filter(|event| event["event"] == "validation" && event["weights"] == "ema");
+    for (index, event) in validations.enumerate() {
+        let numbers = [("val_loss/ema", &event["loss"]), ("val_loss_by_time/ema/02", &event["bins"][2])];
+        for (tag, expected) in numbers.into_iter().chain([("val_mse/ema", &event["parts"]["mse"])]) {
+            let (point, expected) = (&seen["scalars"][tag][index], expected.as_f64().unwrap());
+            assert_eq!(point[0], event["step"], "{tag}");
+            assert!((point[1].as_f64().unwrap() - expected).abs() <= 1e-6 * expected.abs(), "{tag}: {point}");
+        }
+    }
+    assert_eq!(seen["scalars"]["val_loss/model"].as_array().unwrap().len(), 2);
     assert_eq!(seen["image"][0], 10);
     assert_eq!(seen["image"][1], 2 + 2 * 18);
 }
