@@ -53,7 +53,7 @@ pub enum Event {
         /// Mean loss over the lanes at this step.
         #[serde(deserialize_with = "nan_if_null")]
         loss: f64,
-        /// Its mean-squared-error term.
+        /// Mean squared error of what the model predicts, before any weighting.
         #[serde(deserialize_with = "nan_if_null")]
         mse: f64,
         /// Its variational-bound term, where the model learns the variance.
