@@ -45,8 +45,8 @@ fn main() {
     let outcome = match Cli::parse().command {
         Command::Train(args) => commands::train::train(&args),
         Command::Encode(args) => encode::run(args).map(|()| 0),
-        Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Sample(args) => commands::sample::sample(&args),
+        Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Validate(args) => commands::validate::validate(&args),
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
         Command::Import(args) => commands::import::import(&args).map(|()| 0),
