@@ -165,7 +165,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="parity-") as work:
         work = pathlib.Path(work)
         keys = [f"train.steps={args.steps}", f"run.url={work}/run", "log.every_steps=1", "log.tensorboard=false", "sample.every_steps=0"]
-        keys += [f"checkpoint.every_steps={args.steps}", *args.set]
+        keys += [f"checkpoint.every_steps={args.steps}", "checkpoint.keep_best=0", "validation.every_steps=0", *args.set]
         overrides = [part for key in keys for part in ("--set", key)]
         run(BINARIES / "trainer", "draws", "--config", args.config, *overrides, "--out", work / "draws")
         run(BINARIES / "launcher", "--config", args.config, *overrides)

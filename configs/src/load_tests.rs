@@ -268,17 +268,16 @@ fn keys_of_the_diffusion_are_recorded_where_they_say_something() {
 #[test]
 fn validation_is_there_with_its_url_and_says_what_it_measures() {
     let config = load(SMALL, &[]).unwrap();
-    assert_eq!((config.validation.as_ref(), config.metrics()), (None, vec![]));
+    assert!(config.validation.is_none() && config.metrics().is_empty());
     assert_eq!(config.to_json()["validation"], serde_json::Value::Null);
     let config = load(SMALL, &["validation.url=../val", "checkpoint.keep_best=2"]).unwrap();
     let validation = config.validation.clone().unwrap();
     assert_eq!(validation, ValidationConfig::of("file:///home/ada/val".to_owned()));
-    let metrics = [("val_loss/ema".to_owned(), 1000), ("val_loss/model".to_owned(), 1000)];
-    assert_eq!(config.metrics(), metrics);
+    assert_eq!(config.metrics(), ["val_loss/ema", "val_loss/model"]);
     let read: ValidationConfig = serde_json::from_value(config.to_json()["validation"].clone()).unwrap();
     assert_eq!(read, validation);
     let config = load(SMALL, &["validation.url=/v", "validation.every_steps=0"]).unwrap();
-    assert_eq!(config.metrics(), vec![]);
+    assert!(config.metrics().is_empty());
 }
 
 #[test]
@@ -295,13 +294,13 @@ fn validation_and_best_checkpoints_must_fit_together() {
         (&["checkpoint.keep_best=1", "validation.url=/v", "validation.every_steps=0"], "checkpoint.keep_best"),
         (&["checkpoint.keep_best=1", "validation.url=/v", "validation.weights=[\"model\"]"], "checkpoint.keep_best"),
         (&["checkpoint.best_metric=fid/ema", "validation.url=/v"], "checkpoint.best_metric"),
-        (&["checkpoint.keep_best=1", "validation.url=/v", "validation.every_steps=300"], "checkpoint.keep_best"),
         (&["checkpoint.keep_every=1500"], "checkpoint.keep_every"),
     ] {
         assert_eq!(mistake(given).key, key, "{given:?}");
     }
     let refused = mistake(&["checkpoint.best_metric=fid/ema", "validation.url=/v"]);
     assert!(refused.advice.contains("\"val_loss/ema\" or \"val_loss/model\""), "{refused}");
+    assert!(load(SMALL, &["validation.every_steps=0"]).is_ok());
     let fitting = ["checkpoint.keep_best=1", "checkpoint.best_metric=val_loss/model", "checkpoint.keep_every=5000"];
     assert!(load(SMALL, &[&fitting[..], &["validation.url=/v", "validation.every_steps=500"]].concat()).is_ok());
     assert!(load(SMALL, &["validation.url=/v", "validation.rows=5", "validation.draws=2"]).is_ok());
@@ -314,7 +313,7 @@ fn fid_needs_a_reference_weights_and_a_vae_and_can_choose_the_best_checkpoint() 
     let config = load(SMALL, &with(&["checkpoint.best_metric=fid/ema", "checkpoint.keep_best=1"])).unwrap();
     let fid = config.fid.clone().unwrap();
     assert_eq!((fid.reference.to_str(), fid.num), (Some("/home/ada/ref.npz"), 10_000));
-    assert_eq!(config.metrics(), [("fid/ema".to_owned(), 500), ("inception_score/ema".to_owned(), 500)]);
+    assert_eq!(config.metrics(), ["fid/ema", "inception_score/ema"]);
     assert!(load(SMALL, &[]).unwrap().to_json().get("fid").is_none());
     for (given, key) in [
         (vec!["fid.num=5"], "fid.reference"),
@@ -324,7 +323,6 @@ fn fid_needs_a_reference_weights_and_a_vae_and_can_choose_the_best_checkpoint() 
         (with(&["fid.num=1"]), "fid.num"),
         (with(&["model.class_dropout_prob=0"]), "model.class_dropout_prob"),
         (with(&["checkpoint.best_metric=sfid/ema"]), "checkpoint.best_metric"),
-        (with(&["checkpoint.best_metric=fid/ema", "checkpoint.every_steps=750"]), "checkpoint.best_metric"),
     ] {
         assert_eq!(mistake(&given).key, key, "{given:?}");
     }

@@ -475,7 +475,8 @@ pub struct CheckpointConfig {
     pub keep_every: u64,
     /// Checkpoints with the best values of `best_metric` that are kept.
     pub keep_best: usize,
-    /// A metric that is measured at every checkpoint, see [`RunConfig::metrics`].
+    /// A metric that the run measures, see [`RunConfig::metrics`]; checkpoints of steps at which it was not measured are no
+    /// candidates.
     pub best_metric: String,
     /// What a resume does when the newest checkpoint is damaged.
     pub on_damaged: OnDamaged,

@@ -65,15 +65,13 @@ impl RunConfig {
         self.ema.sections().into_iter().chain([MODEL_SECTION.to_owned()]).collect()
     }
 
-    /// The metrics that this run measures at every step that is a multiple of the number beside them, and at its last step.
-    pub fn metrics(&self) -> Vec<(String, u64)> {
-        let mut metrics = Vec::new();
-        if let Some(validation) = self.validation.as_ref().filter(|validation| validation.every_steps > 0) {
-            metrics.extend(validation.weights.iter().map(|weights| (loss_metric(weights), validation.every_steps)));
-        }
-        for (fid, metric) in self.fid.iter().flat_map(|fid| FidConfig::METRICS.map(|metric| (fid, metric))) {
-            metrics.extend(fid.weights.iter().map(|weights| (format!("{metric}/{weights}"), fid.every_steps)));
-        }
-        metrics
+    /// The metrics that this run measures while it trains; those of a checkpoint's step are in its manifest.
+    pub fn metrics(&self) -> Vec<String> {
+        let validation = self.validation.as_ref().filter(|validation| validation.every_steps > 0);
+        let losses =
+            validation.into_iter().flat_map(|validation| validation.weights.iter().map(|name| loss_metric(name)));
+        let fid = self.fid.iter().flat_map(|fid| FidConfig::METRICS.map(|metric| (fid, metric)));
+        let scores = fid.flat_map(|(fid, metric)| fid.weights.iter().map(move |name| format!("{metric}/{name}")));
+        losses.chain(scores).collect()
     }
 }

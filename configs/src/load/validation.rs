@@ -33,21 +33,22 @@ pub(super) fn read(r: &mut Reader, base: &Path) -> Option<ValidationConfig> {
         seed: r.integer("validation.seed", 0..=ANY, default.seed),
         url: default.url,
     };
-    given.then_some(config)
+    if given {
+        return Some(config);
+    }
+    // "Never" says nothing that needs a data set.
+    let means_something = |key: &str| key != "validation.every_steps" || config.every_steps > 0;
+    if let Some(key) = KEYS.into_iter().find(|key| r.given(key) && means_something(key)) {
+        let problem = format!("is missing, which `{key}` means nothing without");
+        r.refuse("validation.url", problem, "set it to a data set of rows that are not trained on");
+    }
+    None
 }
 
 pub(super) fn check(r: &mut Reader, c: &RunConfig) {
-    match &c.validation {
-        Some(validation) => {
-            check_draws(r, validation);
-            check_sections(r, c, "validation.weights", &validation.weights);
-        }
-        None => {
-            if let Some(key) = KEYS.into_iter().find(|key| r.given(key)) {
-                let problem = format!("is missing, which `{key}` means nothing without");
-                r.refuse("validation.url", problem, "set it to a data set of rows that are not trained on");
-            }
-        }
+    if let Some(validation) = &c.validation {
+        check_draws(r, validation);
+        check_sections(r, c, "validation.weights", &validation.weights);
     }
     check_best(r, c);
     let (keep_every, every_steps) = (c.checkpoint.keep_every, c.checkpoint.every_steps);
@@ -90,10 +91,11 @@ pub(super) fn check_sections(r: &mut Reader, c: &RunConfig, key: &'static str, w
     }
 }
 
-/// The metric that the best checkpoints are chosen by must be measured at every checkpoint.
+/// The metric that the best checkpoints are chosen by must be measured at all. Checkpoints of steps at which it is not are no
+/// candidates.
 fn check_best(r: &mut Reader, c: &RunConfig) {
     let (metric, keep_best) = (&c.checkpoint.best_metric, c.checkpoint.keep_best);
-    let keys = ["checkpoint.best_metric", "checkpoint.keep_best", "checkpoint.every_steps"];
+    let keys = ["checkpoint.best_metric", "checkpoint.keep_best"];
     let measured = [
         "validation.url",
         "validation.every_steps",
@@ -103,29 +105,15 @@ fn check_best(r: &mut Reader, c: &RunConfig) {
         "fid.weights",
     ];
     let asked_for = keep_best > 0 || r.given("checkpoint.best_metric");
-    if !asked_for || !r.sound(&keys) || !r.sound(&measured) {
+    let metrics = c.metrics();
+    if !asked_for || !r.sound(&keys) || !r.sound(&measured) || metrics.contains(metric) {
         return;
     }
     let key = if r.given("checkpoint.best_metric") { "checkpoint.best_metric" } else { "checkpoint.keep_best" };
-    let metrics = c.metrics();
-    let Some((_, every)) = metrics.iter().find(|(name, _)| name == metric) else {
-        let names: Vec<String> = metrics.iter().map(|(name, _)| format!("\"{name}\"")).collect();
-        let advice = match names.is_empty() {
-            true => "set validation.url and validation.every_steps, or fid.reference".to_owned(),
-            false => format!("set checkpoint.best_metric to {}", names.join(" or ")),
-        };
-        r.refuse(key, format!("needs the metric \"{metric}\", which this run does not measure"), advice);
-        return;
+    let names: Vec<String> = metrics.iter().map(|name| format!("\"{name}\"")).collect();
+    let advice = match names.is_empty() {
+        true => "set validation.url and validation.every_steps, or fid.reference".to_owned(),
+        false => format!("set checkpoint.best_metric to {}", names.join(" or ")),
     };
-    let every_steps = c.checkpoint.every_steps;
-    if !every_steps.is_multiple_of(*every) {
-        r.refuse(
-            key,
-            format!(
-                "needs \"{metric}\" at every checkpoint, but it is measured every {every} steps and \
-                 checkpoint.every_steps = {every_steps} is no multiple of that"
-            ),
-            format!("measure every {every_steps} steps, or at a divisor of that"),
-        );
-    }
+    r.refuse(key, format!("needs the metric \"{metric}\", which this run does not measure"), advice);
 }
