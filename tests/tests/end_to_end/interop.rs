@@ -171,6 +171,8 @@ fn imports_that_cannot_be_right_are_refused_before_the_run_folder_is_made() {
         &["`blocks.2.attn.qkv.weight` [96, 32] is missing", "`pos_embed` has shape [1, 4, 32], expected [1, 1, 32]"],
     );
     refuse(&weights, &["--set", "model.depth=1"], &["`blocks.1.attn.qkv.weight` [96, 32] is not part of the model"]);
+    let adapters = ["--set", "lora.rank=2", "--set", r#"lora.targets=["attn.qkv"]"#];
+    refuse(&weights, &adapters, &["`[lora]`", "`init.from`"]);
     refuse(&weights, &["--step", "11"], &["step 11, beyond `train.steps` = 10"]);
     refuse(&experiment.path("config.toml"), &[], &["config.toml", "expected a run or checkpoint URL"]);
     refuse(&experiment.path("nothing"), &[], &["nothing"]);

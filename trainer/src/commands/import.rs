@@ -45,8 +45,8 @@ type Entry<'a> = (String, &'a (String, ParamSpec));
 pub fn import(args: &ImportArgs) -> Result<()> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let (_, recipe) = open_data(&config)?;
-    if recipe.lora.is_some() {
-        bail!("the config has `[lora]`: a run with adapters begins from other weights through `init.from`");
+    if recipe.lora.is_some() || config.init.is_some() {
+        bail!("the config has `[lora]` or `[init]`: such a run takes other weights from `init.from`, not by import");
     }
     let params = recipe.build_model()?.named_params();
     let origin = Origin::open(&args.from, &params, !args.no_optimizer).context("--from")?;
