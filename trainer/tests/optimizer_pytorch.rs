@@ -24,6 +24,7 @@ const EMA_DECAY: f64 = 0.8;
 /// Trains parameters with recorded gradients; `plan.json` tells all, values are float32 in files of one tensor after the other.
 const PYTORCH: &str = r#"
 import sys, json, numpy as np, torch
+torch.set_num_threads(1)
 folder = sys.argv[1]
 plan = json.load(open(f"{folder}/plan.json"))
 numel = [int(np.prod(p["shape"])) for p in plan["params"]]
@@ -122,7 +123,7 @@ fn gradients(buckets: &Buckets, step: u64) -> Vec<Tensor> {
         for (number, entry) in bucket.layout.entries.iter().enumerate().filter(|(_, entry)| entry.spec.trainable) {
             let mut values = vec![0f32; entry.spec.numel()];
             fill_normal(Key::new(step, Purpose::Noise, (1000 * index + number) as u64), &mut values);
-            let scale = if step % 3 == 0 { 0.5 } else { 0.01 };
+            let scale = if step.is_multiple_of(3) { 0.5 } else { 0.01 };
             slice(&flat, &entry.range()).copy_(&(Tensor::from_slice(&values) * scale));
         }
         flat
@@ -133,6 +134,7 @@ fn gradients(buckets: &Buckets, step: u64) -> Vec<Tensor> {
 #[test]
 fn groups_clipping_schedule_and_ema_are_those_of_pytorch() {
     let Some(python) = python() else { return };
+    tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     let (model, lanes) = (model(), 4);
@@ -169,14 +171,14 @@ fn groups_clipping_schedule_and_ema_are_those_of_pytorch() {
         let lr = optimizer.schedule.at(index as u64 + 1);
         assert!((torch_lr - lr).abs() < 1e-15, "step {}: {lr}, PyTorch {torch_lr}", index + 1);
     }
-    let states: [(&str, &dyn Fn(&Bucket) -> &Tensor, f32); 4] = [
-        ("params", &|bucket| &bucket.params, 2e-7),
-        ("ema", &|bucket| &bucket.averages[0], 2e-7),
-        ("exp_avg", &|bucket| &bucket.exp_avg, 1e-8),
-        ("exp_avg_sq", &|bucket| &bucket.exp_avg_sq, 1e-10),
-    ];
-    for (name, state, tolerance) in states {
-        let (found, expected) = (trainable(&buckets, |_, bucket| state(bucket).shallow_clone()), read(folder, name));
+    let found = |state: fn(&Bucket) -> &Tensor| trainable(&buckets, |_, bucket| state(bucket).shallow_clone());
+    for (name, found, tolerance) in [
+        ("params", found(|bucket| &bucket.params), 2e-7),
+        ("ema", found(|bucket| &bucket.averages[0]), 2e-7),
+        ("exp_avg", found(|bucket| &bucket.exp_avg), 1e-8),
+        ("exp_avg_sq", found(|bucket| &bucket.exp_avg_sq), 1e-10),
+    ] {
+        let expected = read(folder, name);
         assert_eq!(found.len(), expected.len(), "{name}");
         let error = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
         assert!(error <= tolerance, "{name}: {error:e}");
