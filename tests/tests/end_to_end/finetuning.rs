@@ -85,6 +85,26 @@ fn a_run_with_other_classes_another_size_frozen_parts_and_adapters_begins_from_a
     let difference = difference.abs().max().double_value(&[]);
     assert!(difference <= 1e-6, "{difference}");
     assert!(with_adapters.abs().max().double_value(&[]) > 1e-3, "a model that was trained");
+
+    export(&experiment, "tuned", "safetensors", "merged.safetensors");
+    let bytes = std::fs::read(experiment.path("merged.safetensors")).unwrap();
+    let exported = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let names: Vec<String> = base_model.named_params().into_iter().map(|(name, _)| name).collect();
+    assert!(exported.len() == names.len() && names.iter().all(|name| exported.tensor(name).is_ok()));
+    let mut command = Command::new(binary("trainer"));
+    command.args(["export", "--format", "train-pt", "--checkpoint"]).arg(experiment.path("tuned"));
+    let refused = run(command.arg("--out").arg(experiment.path("tuned.pt")));
+    assert!(refused.code != Some(0) && refused.stderr.contains("adapters"), "{}", refused.text());
+    let vae = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/vae/fashion-kl-f4");
+    let mut sample = Command::new(binary("trainer"));
+    sample.args(["sample", "--num", "2", "--steps", "2", "--vae"]).arg(vae).arg("--checkpoint");
+    run_ok(sample.arg(experiment.path("tuned")).arg("--out").arg(experiment.path("samples.npz")));
+}
+
+fn export(experiment: &Experiment, run: &str, format: &str, out: &str) {
+    let mut command = Command::new(binary("trainer"));
+    command.args(["export", "--format", format, "--checkpoint"]).arg(experiment.path(run));
+    run_ok(command.arg("--out").arg(experiment.path(out)));
 }
 
 /// The model's weights of a run as they lie in its checkpoint.
@@ -113,6 +133,10 @@ fn without_a_change_the_first_weights_are_the_sources_average() {
     let still = ["optimizer.lr=1e-30", "optimizer.weight_decay=0", &from_base(&experiment)];
     experiment.train(1, "still", &still);
     experiment.train(2, "raw", &[&still[..], &["init.weights=model"]].concat());
+    export(&experiment, "base", "safetensors", "base.safetensors");
+    let file = format!("init.from={:?}", experiment.path("base.safetensors").to_str().unwrap());
+    experiment.train(1, "of-file", &[&still[..2], &[&file]].concat());
+    assert_eq!(experiment.digest("of-file"), experiment.digest("still"));
     let (base, still, raw) = (tensors(&experiment, "base"), tensors(&experiment, "still"), tensors(&experiment, "raw"));
     for (name, digest) in base.iter().filter_map(|(name, digest)| Some((name.strip_prefix("ema/")?, digest))) {
         assert_eq!(still[&format!("model/{name}")], *digest, "{name}");

@@ -50,7 +50,10 @@ impl Refit<'_> {
         let differing = self.from.filter(|from| from.numerics != self.to.numerics);
         let remark = |from: &DitConfig| {
             let (from, to) = (from.numerics, self.to.numerics);
-            format!("the source was trained with {from:?}; this run computes with {to:?}, so its first outputs are off")
+            format!(
+                "the source was trained with {from:?} and this run computes with {to:?} (`model.numerics`): its first \
+                 outputs are off"
+            )
         };
         differing.map(remark).into_iter().collect()
     }
