@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::plan::{Job, Request};
 
-/// Train, or sample, on this machine or on a cluster: plan the ranks, start them, watch them.
+/// Train, sample, validate or evaluate on this machine or on a cluster: plan the ranks, start them, watch them.
 ///
 /// Without a command it trains; running it again continues the run from its last committed checkpoint.
 /// Exit codes: 0 the last step was reached, or all samples are written; 75 saved on request, run it again to continue;
@@ -53,6 +53,14 @@ pub enum Command {
     #[command(disable_help_flag = true)]
     Sample {
         /// Options of `trainer sample`, such as --num 50000 --out samples.npz; see `trainer sample --help`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        options: Vec<OsString>,
+    },
+    /// The held-out loss of the run's newest checkpoint, computed by all ranks; the same bits from any number of them. All
+    /// options are those of `trainer validate`; `[validation]` of the config gives data and draws.
+    #[command(disable_help_flag = true)]
+    Validate {
+        /// Options of `trainer validate`, such as --json; see `trainer validate --help`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
         options: Vec<OsString>,
     },
@@ -102,6 +110,7 @@ impl Cli {
             job: match self.command {
                 None => Job::Train,
                 Some(Command::Sample { .. }) => Job::Sample,
+                Some(Command::Validate { .. }) => Job::Validate,
                 Some(Command::Evaluate { .. }) => Job::Evaluate,
             },
         }

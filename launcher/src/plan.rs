@@ -21,6 +21,8 @@ pub enum Job {
     Train,
     /// Sampling: batches are dealt to any number of ranks.
     Sample,
+    /// Held-out loss: likewise.
+    Validate,
     /// Evaluation: likewise.
     Evaluate,
 }
@@ -154,7 +156,7 @@ impl Plan {
                 let nodes = floor_power_of_two(offered.min(train.lanes / asked.unwrap_or(1)));
                 (nodes, asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes))))
             }
-            Job::Sample | Job::Evaluate => (offered, asked.unwrap_or(capacity.max(1))),
+            Job::Sample | Job::Validate | Job::Evaluate => (offered, asked.unwrap_or(capacity.max(1))),
         };
         let world_size = nodes * procs_per_node;
         let threads = procs_per_node * train.threads_per_rank;
@@ -243,6 +245,7 @@ pub fn show(plan: &Plan, command: Result<&EngineCommand, &NotBuilt>, as_json: bo
     match plan.job {
         Job::Train => println!("run           {}, {} steps", plan.run_url, plan.steps),
         Job::Sample => println!("run           {}, sampling", plan.run_url),
+        Job::Validate => println!("run           {}, validation", plan.run_url),
         Job::Evaluate => println!("run           {}, evaluation", plan.run_url),
     }
     println!("engine        {}", plan.via);

@@ -79,6 +79,7 @@ impl TrainerCall {
         let (command, options) = match &cli.command {
             None => ("train", Vec::new()),
             Some(Command::Sample { options }) => ("sample", options.clone()),
+            Some(Command::Validate { options }) => ("validate", options.clone()),
             Some(Command::Evaluate { options }) => ("evaluate", options.clone()),
         };
         let program = this.with_file_name("trainer");

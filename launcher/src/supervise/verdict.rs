@@ -34,12 +34,15 @@ impl End {
         match self.job {
             Job::Train => self.of_training(),
             Job::Sample => self.of_batches("all samples are written", "no samples were written"),
-            // It ends without an error only when the scores have been computed.
-            Job::Evaluate => {
-                let is_done = self.is_done || self.ended == Ended::Exit(exit::OK);
-                Self { is_done, ..self.clone() }.of_batches("evaluated", "no scores were computed")
-            }
+            Job::Validate => self.of_measuring("validated", "no losses were computed"),
+            Job::Evaluate => self.of_measuring("evaluated", "no scores were computed"),
         }
+    }
+
+    /// Of work that ends without an error only when its result is there.
+    fn of_measuring(&self, done: &str, nothing: &str) -> (i32, String) {
+        let is_done = self.is_done || self.ended == Ended::Exit(exit::OK);
+        Self { is_done, ..self.clone() }.of_batches(done, nothing)
     }
 
     /// Of work that is either done or not: there is nothing to go on from.
@@ -134,6 +137,8 @@ mod tests {
     fn evaluation_is_done_when_it_ends_without_an_error() {
         let evaluation = |ended| End { job: Job::Evaluate, ..end(ended) };
         assert_eq!(evaluation(Ended::Exit(0)).verdict(), (exit::OK, "evaluated".to_owned()));
+        let validation = End { job: Job::Validate, ..end(Ended::Exit(0)) };
+        assert_eq!(validation.verdict(), (exit::OK, "validated".to_owned()));
         let (code, text) = End { fault: Some("rank 1 failed: bad".into()), ..evaluation(Ended::Exit(1)) }.verdict();
         assert_eq!(
             (code, text.as_str()),

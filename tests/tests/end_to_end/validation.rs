@@ -66,19 +66,18 @@ fn losses_have_the_same_bits_on_any_ranks_in_manifests_and_by_command() {
             assert_eq!(metrics[format!("val_loss/{weights}")], found[&(step, weights.to_owned())]["loss"]);
         }
     }
-    // The command finds everything in the checkpoint, and its ranks share the rows as well.
-    for ranks in ["1", "2"] {
-        let mut command = Command::new("mpirun");
-        command.args(["--allow-run-as-root", "-n", ranks, "--oversubscribe", "--bind-to", "none"]);
-        command.arg(binary("trainer")).args(["validate", "--json", "--checkpoint"]).arg(experiment.path("run-4"));
-        let ran = run_ok(&mut command);
-        let said: Value = serde_json::from_str(&ran.stdout).unwrap();
+    // The command's ranks share the rows as well.
+    for ranks in [1, 2] {
+        let mut command = experiment.launcher(ranks, "run-4", &options);
+        let ran = run_ok(command.args(["validate", "--json"]));
+        let said: String = ran.stdout.lines().filter_map(|line| line.strip_prefix("[rank 0] ")).collect();
+        let said: Value = serde_json::from_str(&said).unwrap();
         assert_eq!((&said["step"], &said["rows"]), (&10.into(), &50.into()));
         for weights in ["ema", "model", "ema_0.5"] {
             assert_eq!(said["weights"][weights], found[&(10, weights.to_owned())], "{ranks} ranks, {weights}");
         }
     }
-    // Another draw of everything is another estimate of the same loss.
+    // One process finds everything in the checkpoint. Another draw of everything is another estimate of the same loss.
     let mut command = Command::new(binary("trainer"));
     command.args(["validate", "--json", "--seed", "1", "--weights", "model", "--checkpoint"]);
     let said: Value = serde_json::from_str(&run_ok(command.arg(experiment.path("run-1"))).stdout).unwrap();

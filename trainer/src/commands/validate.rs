@@ -1,6 +1,6 @@
 //! `trainer validate`: the held-out loss of a checkpoint, by one process or by all ranks of a world.
 
-use super::ranks::{DEADLINE, conclude, load_weights, open_together};
+use super::ranks::{DEADLINE, conclude, end_with_parent, load_weights, open_together};
 use crate::device::DeviceChoice;
 use crate::engine::agree::{Agreed, agree};
 use crate::ffi;
@@ -10,19 +10,27 @@ use crate::validation::{HeldOut, HeldOutLoss};
 use anyhow::{Context, Result, bail};
 use checkpoint::{CheckpointReader, Manifest};
 use collective::Collective;
-use configs::{Columns, ValidationConfig, exit, location};
+use configs::{Columns, RunConfig, ValidationConfig, exit, location};
 use serde_json::json;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tch::Device;
 
 /// Options of `trainer validate`. What is not given is taken from `[validation]` of the run's config.
 #[derive(clap::Args)]
 pub struct ValidateArgs {
     /// A run folder (its newest valid checkpoint), or one checkpoint of it (`<run>/checkpoints/step-000001000`,
-    /// `<run>/checkpoints/best`).
-    #[arg(long, value_name = "URL")]
-    checkpoint: String,
-    /// Held-out data set [default: validation.url of the run].
+    /// `<run>/checkpoints/best`); the run of --config when not given.
+    #[arg(long, value_name = "URL", required_unless_present = "config")]
+    checkpoint: Option<String>,
+    /// A run's config: for its `run.url`, `[validation]` and `collective.timeout_s`. The launcher gives it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Overrides of config keys.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    overrides: Vec<String>,
+    /// Held-out data set [default: validation.url of --config, else of the checkpoint's run].
     #[arg(long, value_name = "URL")]
     data: Option<String>,
     /// Which weights: ema, model, or the section of a further EMA.
@@ -57,19 +65,26 @@ pub struct ValidateArgs {
 /// Judges the weights, together with the other ranks of the world where there are any, and gives the exit code.
 ///
 /// # Errors
-/// When the ranks cannot reach each other. Later failures are reported here, by one rank, because the others must be
+/// A config that cannot be used. Later failures are reported here, by one rank, because the others must be
 /// ended too.
 pub fn validate(args: &ValidateArgs) -> Result<i32> {
-    let collective = collective::from_environment(DEADLINE)?;
-    match judge(args, &*collective) {
+    let config = args.config.as_ref().map(|path| RunConfig::load(path, &args.overrides)).transpose()?;
+    if config.is_some() {
+        end_with_parent();
+    }
+    let deadline = config.as_ref().map_or(DEADLINE, |config| Duration::from_secs(config.collective.timeout_s));
+    let collective = collective::from_environment(deadline)?;
+    match judge(args, config.as_ref(), &*collective) {
         Ok(()) => Ok(exit::OK),
         Err(error) => Ok(conclude(&*collective, &error, error.is::<Agreed>())),
     }
 }
 
-fn judge(args: &ValidateArgs, collective: &dyn Collective) -> Result<()> {
-    let reader = open_together(&args.checkpoint, collective)?;
-    let prepared = agree(collective, Prepared::new(args, &reader, collective))?;
+fn judge(args: &ValidateArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<()> {
+    let url = args.checkpoint.as_ref().or(config.map(|config| &config.run.url));
+    let url = agree(collective, url.context("give --checkpoint URL or --config FILE"))?;
+    let reader = open_together(url, collective)?;
+    let prepared = agree(collective, Prepared::new(args, config, &reader, collective))?;
     let Prepared { config, held_out, model, device } = prepared;
     let mut losses = Vec::new();
     for section in &config.weights {
@@ -94,14 +109,19 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn new(args: &ValidateArgs, reader: &CheckpointReader, collective: &dyn Collective) -> Result<Self> {
+    fn new(
+        args: &ValidateArgs,
+        run: Option<&RunConfig>,
+        reader: &CheckpointReader,
+        collective: &dyn Collective,
+    ) -> Result<Self> {
         let record = &reader.manifest().config;
         let recorded_threads = record["train"]["threads_per_rank"].as_i64().map(|threads| threads as i32);
         tch::set_num_threads(args.threads.or(recorded_threads).unwrap_or(1).max(1));
         tch::set_num_interop_threads(1);
         ffi::set_deterministic()?;
         let device = args.device.device(collective.local_rank())?;
-        let config = args.config(reader.manifest())?;
+        let config = args.validation(run, reader.manifest())?;
         let columns = serde_json::from_value::<Columns>(record["data"]["columns"].clone()).unwrap_or_default();
         let recipe = Recipe::of_manifest(record)?;
         let model = recipe.build_model()?;
@@ -115,12 +135,13 @@ impl Prepared {
 }
 
 impl ValidateArgs {
-    /// The run's `[validation]` with what the options say otherwise.
-    fn config(&self, manifest: &Manifest) -> Result<ValidationConfig> {
+    /// The `[validation]` of the config, or of the checkpoint's run, with what the options say otherwise.
+    fn validation(&self, run: Option<&RunConfig>, manifest: &Manifest) -> Result<ValidationConfig> {
         let here = std::env::current_dir().context("the current folder")?;
         let recorded = manifest.config.get("validation").filter(|recorded| !recorded.is_null());
         let recorded = recorded.map(|recorded| serde_json::from_value::<ValidationConfig>(recorded.clone()));
         let recorded = recorded.transpose().context("`validation` in the checkpoint's config")?;
+        let recorded = run.and_then(|run| run.validation.clone()).or(recorded);
         let given = self.data.as_ref().map(|url| location::resolve(&here, url));
         let mut config = match (recorded, given) {
             (Some(recorded), Some(url)) => ValidationConfig { url, ..recorded },
