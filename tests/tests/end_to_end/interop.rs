@@ -217,6 +217,11 @@ fn inspect_shows_step_config_sections_and_tensors() {
     // A quarter of sin² + cos² over 32 features of 4 positions.
     assert!((table["l2_norm"].as_f64().unwrap() - 64f64.sqrt()).abs() < 1e-6, "{table}");
 
+    let shard = "run/checkpoints/step-000000010/attempt-0001/shard-00001-of-00002.safetensors";
+    assert_eq!(inspect(&experiment.path(shard), &[])["kind"], "safetensors");
+    let manifest = inspect(&experiment.path("run/checkpoints/step-000000010/manifest-0001.json"), &[]);
+    assert_eq!(manifest["facts"]["step"], 10);
+
     let file = export(&experiment, "run", "train-pt", "train.pt", &[]);
     let of_file = inspect(&file, &[]);
     assert_eq!(of_file["facts"]["about"]["opt"]["param_groups"][0]["betas"], serde_json::json!([0.9, 0.999]));

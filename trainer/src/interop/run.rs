@@ -12,7 +12,8 @@ pub(super) const CHECKPOINTS: &str = "/checkpoints/step-";
 /// The local file that `location` (a path or a `file://` URL) names; `None` where there is none, or where it is a manifest
 /// of ours, which [`open`] takes.
 pub fn local_file(location: &str) -> Option<PathBuf> {
-    configs::location::local_path(location).filter(|path| !location.contains(CHECKPOINTS) && path.is_file())
+    let is_manifest = location.contains(CHECKPOINTS) && location.ends_with(".json");
+    configs::location::local_path(location).filter(|path| !is_manifest && path.is_file())
 }
 
 /// Which checkpoint of a run is meant.
