@@ -51,6 +51,9 @@ pub struct EvaluateArgs {
     /// Prints one JSON object.
     #[arg(long)]
     json: bool,
+    /// Writes that object to a file, too.
+    #[arg(long, value_name = "FILE.json")]
+    out: Option<PathBuf>,
     /// CPU threads of this process [default: all cores; with --config its train.threads_per_rank].
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]
     threads: Option<i32>,
@@ -100,10 +103,10 @@ fn run(args: &EvaluateArgs, config: Option<&RunConfig>, collective: &dyn Collect
         (Some(reference), Some(samples)) => Scores::compute(&inception, &samples, &reference).map(Some),
         _ => Ok(None),
     };
-    if let Some(scores) = agree(collective, scores.map_err(Into::into))? {
-        print(args, count, &inception, &scores);
-    }
-    Ok(())
+    let reported = scores
+        .map_err(Into::into)
+        .and_then(|scores| scores.map_or(Ok(()), |scores| report(args, count, &inception, &scores)));
+    agree(collective, reported)
 }
 
 /// What a rank has before it computes.
@@ -176,13 +179,16 @@ impl Drop for Progress {
     }
 }
 
-fn print(args: &EvaluateArgs, count: usize, inception: &Inception, scores: &Scores) {
+fn report(args: &EvaluateArgs, count: usize, inception: &Inception, scores: &Scores) -> Result<()> {
+    let mut report = serde_json::json!(scores);
+    report["samples"] = count.into();
+    report["inception_sha256"] = inception.digest().into();
+    if let Some(path) = &args.out {
+        std::fs::write(path, format!("{report}\n")).with_context(|| format!("--out {}", path.display()))?;
+    }
     if args.json {
-        let mut report = serde_json::json!(scores);
-        report["samples"] = count.into();
-        report["inception_sha256"] = inception.digest().into();
         println!("{report}");
-        return;
+        return Ok(());
     }
     let line = |name: &str, score: Option<f64>| match score {
         Some(score) => println!("{name:16} {score:.4}"),
@@ -195,7 +201,8 @@ fn print(args: &EvaluateArgs, count: usize, inception: &Inception, scores: &Scor
     line("Recall", scores.recall);
     if count < 50_000 {
         eprintln!(
-            "trainer: note: {count} samples; published scores are of 50,000, and FID falls with the number of samples"
+            "trainer: warning: {count} samples; published scores are of 50,000, and FID falls with the number of samples"
         );
     }
+    Ok(())
 }

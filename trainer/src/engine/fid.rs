@@ -47,7 +47,7 @@ impl Fid {
         let wanted = Wanted { spatial: false, features: 0 };
         if let Some((images, _)) = reference.needed(wanted).filter(|_| extractor.collects()) {
             eprintln!(
-                "trainer: `fid.reference`: statistics of {} pictures are computed at every start; \
+                "trainer: warning: `fid.reference`: the statistics of {} pictures are computed at every start; \
                  `trainer evaluate --reference … --save-stats FILE.npz` keeps them",
                 images.count()
             );
