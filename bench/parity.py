@@ -40,6 +40,7 @@ def refuse_what_the_peer_lacks(config):
         ("diffusion", "beta_start"): None,
         ("model", "learn_sigma"): True,
         ("model", "conditioning"): None,
+        ("model", "numerics"): None,
         ("optimizer", "groups"): None,
         ("train", "freeze"): None,
         ("lora", "rank"): None,

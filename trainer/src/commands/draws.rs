@@ -10,12 +10,14 @@
 //! ```
 
 use crate::diffusion::{Objective, Time};
+use crate::engine::initial::{Initial, fresh};
 use crate::engine::rank::{open_data, open_stream};
 use crate::engine::stepper::Experiment;
-use crate::interop::NamedWeights;
 use crate::interop::safetensors::{write, write_weights};
-use crate::interop::values::{Dtype, TensorSpec, encode, tensor, to_vec};
-use crate::model::{Model, initial_values};
+use crate::interop::values::{Dtype, TensorSpec, encode, to_vec};
+use crate::interop::{NamedWeights, pinned};
+use crate::model::Model;
+use crate::recipe::Recipe;
 use anyhow::{Context, Result, bail};
 use configs::RunConfig;
 use configs::lanes::LaneBlock;
@@ -67,7 +69,7 @@ pub fn draws(args: &DrawsArgs) -> Result<()> {
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
     let record = serde_json::to_string_pretty(&recipe.record(&config))?;
     std::fs::write(out("config.json"), record).with_context(|| format!("writing {}", out("config.json").display()))?;
-    write_weights(&out("initial.safetensors"), &initial_weights(&*model, config.seed)?, Dtype::F32)?;
+    write_weights(&out("initial.safetensors"), &initial_weights(&config, &recipe, &*model)?, Dtype::F32)?;
     let mut drawer = Drawer {
         experiment: Experiment { seed: config.seed, lanes: config.train.lanes, block, device: Device::Cpu },
         global_batch: config.global_batch(),
@@ -83,12 +85,14 @@ pub fn draws(args: &DrawsArgs) -> Result<()> {
     Ok(())
 }
 
-fn initial_weights(model: &dyn Model, seed: u64) -> Result<NamedWeights> {
+/// The weights that a run starts from: those that `[init]` gives it, and fresh ones for the rest.
+fn initial_weights(config: &RunConfig, recipe: &Recipe, model: &dyn Model) -> Result<NamedWeights> {
+    let source = config.init.as_ref().map(|init| pinned(&init.from)).transpose().context("`init.from`")?;
+    let mut given = Initial::of(config, recipe, model, source.as_deref())?.tensors;
     let mut tensors = BTreeMap::new();
     for (name, spec) in model.named_params() {
-        let values = initial_values(seed, &name, &spec.init, spec.numel());
-        let shape: Vec<usize> = spec.shape.iter().map(|&side| side as usize).collect();
-        tensors.insert(name, tensor(&values, &shape)?);
+        let weights = given.remove(&name).unwrap_or_else(|| fresh(config.seed, &name, &spec));
+        tensors.insert(name, weights);
     }
     Ok(NamedWeights { tensors, model: None })
 }

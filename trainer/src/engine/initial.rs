@@ -118,7 +118,8 @@ impl Initial {
     }
 }
 
-fn fresh(seed: u64, name: &str, spec: &ParamSpec) -> Tensor {
+/// The first values of a parameter that nobody gives, in its shape.
+pub(crate) fn fresh(seed: u64, name: &str, spec: &ParamSpec) -> Tensor {
     Tensor::from_slice(&initial_values(seed, name, &spec.init, spec.numel())).view(spec.shape.as_slice())
 }
 
