@@ -133,7 +133,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         files = {name: folder / name for name in ("weights.pth", "samples.npz", "reference.npz", "stats.npz")}
-        torch.save(state, files["weights.pth"])
+        # As pytorch-fid's own file is stored: from before torch.save wrote zip files.
+        torch.save(state, files["weights.pth"], _use_new_zipfile_serialization=False)
         if args.record:
             pool, spatial, logits, _ = peer_features(state, pictures(2, 0), files["weights.pth"])
             for name, values in (("POOL", pool), ("SPATIAL", spatial), ("LOGITS", logits)):
