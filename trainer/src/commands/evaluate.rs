@@ -1,13 +1,13 @@
 //! `trainer evaluate`: the field's scores of a set of samples.
 
-use super::ranks::{conclude, end_with_parent};
+use super::ranks::together;
 use crate::device::DeviceChoice;
-use crate::engine::agree::{Agreed, agree};
+use crate::engine::agree::agree;
 use crate::ffi;
 use crate::metrics::{Extractor, Fit, ImageSet, Inception, Reference, Scores, Statistics, Wanted};
 use anyhow::{Context, Result, bail};
 use collective::Collective;
-use configs::{RunConfig, exit};
+use configs::RunConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::cell::Cell;
 use std::io::IsTerminal;
@@ -63,23 +63,14 @@ pub struct EvaluateArgs {
 }
 
 /// How long ranks wait for each other at least: rank 0 alone computes the scores from the features.
-const DEADLINE: Duration = Duration::from_secs(1800);
+const PATIENCE: Duration = Duration::from_secs(1800);
 
 /// Evaluates, together with the other ranks of the world where there are any, and gives the exit code.
 ///
 /// # Errors
 /// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
 pub fn evaluate(args: &EvaluateArgs) -> Result<i32> {
-    let config = args.config.as_ref().map(|path| RunConfig::load(path, &args.overrides)).transpose()?;
-    if config.is_some() {
-        end_with_parent();
-    }
-    let timeout = config.as_ref().map_or(DEADLINE, |config| Duration::from_secs(config.collective.timeout_s));
-    let collective = collective::from_environment(timeout.max(DEADLINE))?;
-    match run(args, config.as_ref(), &*collective) {
-        Ok(()) => Ok(exit::OK),
-        Err(error) => Ok(conclude(&*collective, &error, error.is::<Agreed>())),
-    }
+    together(args.config.as_deref(), &args.overrides, PATIENCE, |config, collective| run(args, config, collective))
 }
 
 fn run(args: &EvaluateArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<()> {

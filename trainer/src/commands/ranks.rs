@@ -1,23 +1,45 @@
 //! What commands that run as several ranks share.
 
 use super::source;
-use crate::engine::agree::agree;
+use crate::engine::agree::{Agreed, agree};
 use crate::model::{Model, WeightSet};
 use anyhow::{Context, Result, bail};
 use checkpoint::CheckpointReader;
 use collective::Collective;
-use configs::exit;
+use configs::{RunConfig, exit};
 use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
 use std::time::Duration;
 use tch::{Device, Tensor};
-
-/// How long ranks wait for each other where no config says it.
-pub const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Lets the kernel end this process together with its parent: a rank whose launcher is gone must not go on.
 pub fn end_with_parent() {
     // SAFETY: prctl with these arguments only sets a flag of this process.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+/// Runs `work` as one rank of the world that the environment describes, mostly of one, and gives the exit code. A config makes
+/// it a rank of the launcher's, which must not outlive it. Ranks wait for each other as long as the config says (ten
+/// minutes without one), and at least for `at_least`.
+///
+/// # Errors
+/// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
+pub fn together(
+    config: Option<&Path>,
+    overrides: &[String],
+    at_least: Duration,
+    work: impl FnOnce(Option<&RunConfig>, &dyn Collective) -> Result<()>,
+) -> Result<i32> {
+    let config = config.map(|path| RunConfig::load(path, overrides)).transpose()?;
+    if config.is_some() {
+        end_with_parent();
+    }
+    let deadline = Duration::from_secs(config.as_ref().map_or(600, |config| config.collective.timeout_s));
+    let collective = collective::from_environment(deadline.max(at_least))?;
+    match work(config.as_ref(), &*collective) {
+        Ok(()) => Ok(exit::OK),
+        Err(error) => Ok(conclude(&*collective, &error, error.is::<Agreed>())),
+    }
 }
 
 /// Says an error and gives the exit code. Where every rank has this very error, one speaks and each can end by itself;

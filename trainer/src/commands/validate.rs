@@ -1,8 +1,8 @@
 //! `trainer validate`: the held-out loss of a checkpoint, by one process or by all ranks of a world.
 
-use super::ranks::{DEADLINE, conclude, end_with_parent, load_weights, open_together};
+use super::ranks::{load_weights, open_together, together};
 use crate::device::DeviceChoice;
-use crate::engine::agree::{Agreed, agree};
+use crate::engine::agree::agree;
 use crate::ffi;
 use crate::model::Model;
 use crate::recipe::Recipe;
@@ -10,7 +10,7 @@ use crate::validation::{HeldOut, HeldOutLoss};
 use anyhow::{Context, Result, bail};
 use checkpoint::{CheckpointReader, Manifest};
 use collective::Collective;
-use configs::{Columns, RunConfig, ValidationConfig, exit, location};
+use configs::{Columns, RunConfig, ValidationConfig, location};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -68,16 +68,9 @@ pub struct ValidateArgs {
 /// A config that cannot be used. Later failures are reported here, by one rank, because the others must be
 /// ended too.
 pub fn validate(args: &ValidateArgs) -> Result<i32> {
-    let config = args.config.as_ref().map(|path| RunConfig::load(path, &args.overrides)).transpose()?;
-    if config.is_some() {
-        end_with_parent();
-    }
-    let deadline = config.as_ref().map_or(DEADLINE, |config| Duration::from_secs(config.collective.timeout_s));
-    let collective = collective::from_environment(deadline)?;
-    match judge(args, config.as_ref(), &*collective) {
-        Ok(()) => Ok(exit::OK),
-        Err(error) => Ok(conclude(&*collective, &error, error.is::<Agreed>())),
-    }
+    together(args.config.as_deref(), &args.overrides, Duration::ZERO, |config, collective| {
+        judge(args, config, collective)
+    })
 }
 
 fn judge(args: &ValidateArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<()> {

@@ -3,9 +3,9 @@
 mod options;
 mod output;
 
-use super::ranks::{DEADLINE, conclude, end_with_parent, load_weights, open_together};
+use super::ranks::{load_weights, open_together, together};
 use crate::device::DeviceChoice;
-use crate::engine::agree::{Agreed, agree};
+use crate::engine::agree::agree;
 use crate::engine::share::share_out;
 use crate::engine::stop::StopFlag;
 use crate::ffi;
@@ -17,7 +17,7 @@ use crate::vae::AutoencoderKl;
 use anyhow::{Context, Result, bail};
 use checkpoint::CheckpointReader;
 use collective::Collective;
-use configs::{RunConfig, exit};
+use configs::RunConfig;
 use data_loader::draws::{Key, Purpose};
 use options::SamplerArgs;
 use output::Output;
@@ -92,16 +92,9 @@ enum LabelDraw {
 /// # Errors
 /// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
 pub fn sample(args: &SampleArgs) -> Result<i32> {
-    let config = args.config.as_ref().map(|path| RunConfig::load(path, &args.overrides)).transpose()?;
-    if config.is_some() {
-        end_with_parent();
-    }
-    let deadline = config.as_ref().map_or(DEADLINE, |config| Duration::from_secs(config.collective.timeout_s));
-    let collective = collective::from_environment(deadline)?;
-    match draw(args, config.as_ref(), &*collective) {
-        Ok(()) => Ok(exit::OK),
-        Err(error) => Ok(conclude(&*collective, &error, error.is::<Agreed>())),
-    }
+    together(args.config.as_deref(), &args.overrides, Duration::ZERO, |config, collective| {
+        draw(args, config, collective)
+    })
 }
 
 fn draw(args: &SampleArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<()> {
