@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 /// Images of a split.
 pub const SPLIT: i64 = 5000;
 
-/// exp E KL(p(y|x) ‖ p(y)) of each split of [`SPLIT`] images in order, the last one shorter: mean and population standard
+/// exp E KL(p(y|x) ‖ p(y)) of each split of 5000 images in order, the last one shorter: mean and population standard
 /// deviation over the splits. It lies between 1 and the number of classes.
 ///
 /// # Shapes
