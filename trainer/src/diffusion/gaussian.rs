@@ -33,7 +33,7 @@ impl Gaussian {
         Self { mse_weights: Some(weights), ..self }
     }
 
-    /// mse and (with `learn_sigma`) vb in bits of every sample, [N] each, before weighting.
+    /// mse and (with `learn_sigma`) vb in bits of every sample, `[N]` each, before weighting.
     pub fn per_sample(&self, output: &Tensor, noised: &Noised) -> (Tensor, Option<Tensor>) {
         let Noised { x_start, x_t, noise, t, .. } = noised;
         let (tables, t, channels) = (&self.tables, t.steps(), x_t.size()[1]);

@@ -44,7 +44,7 @@ pub struct Noised {
     pub noise: Tensor,
     /// Where each sample is.
     pub t: Time,
-    /// What the model reads as time, [N] float32.
+    /// What the model reads as time, `[N]` float32.
     pub model_t: Tensor,
 }
 
@@ -59,9 +59,9 @@ impl Noised {
 pub struct LossPart {
     /// What logs call it.
     pub name: &'static str,
-    /// Its value for every sample, [N], before weighting.
+    /// Its value for every sample, `[N]`, before weighting.
     pub values: Tensor,
-    /// What each sample's value is multiplied by in the loss, [N]; 1 if `None`.
+    /// What each sample's value is multiplied by in the loss, `[N]`; 1 if `None`.
     pub weights: Option<Tensor>,
 }
 
@@ -96,7 +96,7 @@ impl SampleLosses {
         std::iter::once(&self.first).chain(&self.rest)
     }
 
-    /// The loss of every sample, [N].
+    /// The loss of every sample, `[N]`.
     pub fn total(&self) -> Tensor {
         self.sum(|part| part.weighted())
     }

@@ -99,7 +99,7 @@ impl Tables {
     /// The timestep that the model is given for each sample's index.
     ///
     /// # Shapes
-    /// N indices → [N] float32.
+    /// N indices → `[N]` float32.
     pub fn model_t(&self, t: &[usize], device: Device) -> Tensor {
         let values: Vec<f32> = t.iter().map(|&t| self.timestep_map[t] as f32).collect();
         Tensor::from_slice(&values).to_device(device)

@@ -4,9 +4,9 @@ use tch::Tensor;
 
 /// The variational bound of one step, per sample.
 pub struct VarianceTerms {
-    /// KL(q ‖ p) in bits, [N].
+    /// KL(q ‖ p) in bits, `[N]`.
     pub kl_bits: Tensor,
-    /// Discretised negative log-likelihood of x_start in bits, [N]; the bound of t = 0.
+    /// Discretised negative log-likelihood of x_start in bits, `[N]`; the bound of t = 0.
     pub decoder_nll_bits: Tensor,
     /// `decoder_nll_bits` where t = 0, else `kl_bits`.
     pub bound_bits: Tensor,
@@ -57,7 +57,7 @@ pub fn learned_log_variance(tables: &Tables, t: &[usize], variance: &Tensor) -> 
     &fraction * gather(&tables.log_betas) + (1.0 - &fraction) * gather(&tables.posterior_log_variance_clipped)
 }
 
-/// Mean over everything but the batch: [N, …] → [N].
+/// Mean over everything but the batch: [N, …] → `[N]`.
 pub(crate) fn sample_mean(x: &Tensor) -> Tensor {
     x.flatten(1, -1).mean_dim(1, false, None)
 }

@@ -96,13 +96,13 @@ pub struct Bucket {
     pub layout: BucketLayout,
     /// The elements that this rank owns.
     pub shard: Range<usize>,
-    /// All weights, [numel] float32.
+    /// All weights, `[numel]` float32.
     pub params: Tensor,
-    /// Of the owned elements: AdamW's first moment, [shard].
+    /// Of the owned elements: AdamW's first moment, `[shard]`.
     pub exp_avg: Tensor,
-    /// AdamW's second moment, [shard].
+    /// AdamW's second moment, `[shard]`.
     pub exp_avg_sq: Tensor,
-    /// The moving averages of the weights, each [shard]; the main one first.
+    /// The moving averages of the weights, each `[shard]`; the main one first.
     pub averages: Vec<Tensor>,
     /// Views of `params` by name, leaves of the autograd graph.
     pub weights: Weights,

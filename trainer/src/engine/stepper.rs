@@ -35,7 +35,7 @@ impl Experiment {
     /// A micro-batch as `model` takes it, on the device: the labels that this lane drops are null labels.
     ///
     /// # Shapes
-    /// x_start [micro_batch, C, H, W], labels [micro_batch].
+    /// x_start [micro_batch, C, H, W], labels `[micro_batch]`.
     pub fn input(&self, model: &dyn Model, batch: &MicroBatch) -> (Tensor, Tensor) {
         let shape: Vec<i64> = std::iter::once(-1).chain(model.latent_shape().iter().copied()).collect();
         let x_start = Tensor::from_slice(&batch.x_start).view(shape.as_slice()).to_device(self.device);

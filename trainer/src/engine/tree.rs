@@ -25,7 +25,7 @@ impl LaneSum {
     }
 
     /// Adds the next lane's gradients of the trainable parameters, in layout order (`None` is zero). With the last
-    /// lane the block's sum comes back, [numel]; it is valid until the next push.
+    /// lane the block's sum comes back, `[numel]`; it is valid until the next push.
     ///
     /// Padding and frozen parameters are never written and stay zero.
     pub fn push(&mut self, layout: &BucketLayout, grads: Vec<Option<Tensor>>) -> Option<Tensor> {
@@ -63,7 +63,7 @@ impl LaneSum {
 /// Sums the blocks of `world_size` ranks along the tree, in place.
 ///
 /// # Shapes
-/// `blocks` [world_size · n] → [n], a view of the first block.
+/// `blocks` [world_size · n] → `[n]`, a view of the first block.
 pub fn sum_blocks(blocks: &Tensor, world_size: usize) -> Tensor {
     let n = blocks.numel() / world_size;
     let block = |rank: usize| slice(blocks, &(rank * n..(rank + 1) * n));

@@ -3,7 +3,7 @@ use tch::{Kind, Tensor};
 /// Sinusoidal features of timesteps, `[cos | sin]`, computed in float32; an odd `dim` gets a zero column at the end.
 ///
 /// # Shapes
-/// `t` [N] → [N, dim] float32.
+/// `t` `[N]` → [N, dim] float32.
 ///
 /// # Source
 /// DiT, section 3.2 (the frequencies of ADM): f_i = 10000^(−i / (dim/2)).

@@ -105,7 +105,7 @@ pub trait Model: Send + Sync {
     /// The flow into the first segment.
     ///
     /// # Shapes
-    /// `x_t` [N, C, H, W] float; `t` [N] float, as the model was trained to read it; `labels` [N] int64.
+    /// `x_t` [N, C, H, W] float; `t` `[N]` float, as the model was trained to read it; `labels` `[N]` int64.
     fn input(&self, x_t: &Tensor, t: &Tensor, labels: &Tensor) -> Flow;
     /// Shape of one latent, `[C, H, W]`.
     fn latent_shape(&self) -> &[i64];

@@ -35,7 +35,7 @@ impl Guidance {
     /// The model's guided output.
     ///
     /// # Shapes
-    /// `x` [N, C, H, W]; `labels` [N] → [N, C or 2C, H, W].
+    /// `x` [N, C, H, W]; `labels` `[N]` → [N, C or 2C, H, W].
     pub fn output(
         &self,
         (model, weights): (&dyn Model, &WeightSet),
@@ -81,7 +81,7 @@ fn mix(cond: &Tensor, uncond: &Tensor, scale: f64, guided: i64) -> Tensor {
 /// as each half has it.
 ///
 /// # Shapes
-/// `x` [2N, C, H, W], of which the first half is used, twice; `t` [2N]; `labels` [2N], conditions first, then null
+/// `x` [2N, C, H, W], of which the first half is used, twice; `t` `[2N]`; `labels` `[2N]`, conditions first, then null
 /// labels. Returns [2N, C or 2C, H, W].
 ///
 /// # Source

@@ -34,7 +34,7 @@ use tch::Tensor;
 
 /// The time of a batch in a chain.
 pub struct ModelTime {
-    /// What the model reads, [N] float32.
+    /// What the model reads, `[N]` float32.
     pub t: Tensor,
     /// How far from the data each sample is, as a share of the process: 1 is pure noise, 0 clean data.
     pub noise_levels: Vec<f64>,

@@ -127,7 +127,7 @@ impl HeldOut {
         self.combine(&names.split(' ').collect::<Vec<_>>(), &values)
     }
 
-    /// The loss and its terms for every draw of a batch, [N] float64 each; the loss first.
+    /// The loss and its terms for every draw of a batch, `[N]` float64 each; the loss first.
     fn judge_batch(&self, weights: &WeightSet, batch: Range<usize>) -> Vec<(&'static str, Tensor)> {
         let _no_grad = tch::no_grad_guard();
         let latent = self.model.latent_shape();
