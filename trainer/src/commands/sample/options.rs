@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 /// The sampler with its settings, and guidance.
 #[derive(clap::Args)]
 pub struct SamplerArgs {
-    /// For a Gaussian diffusion: ddpm `[default]`, ddim, dpm-solver++. For a flow: heun `[default]`, euler, midpoint,
+    /// For a Gaussian diffusion: ddpm (default), ddim, dpm-solver++. For a flow: heun (default), euler, midpoint,
     /// heun3, rk4, dopri5, euler-maruyama, stochastic-heun.
     #[arg(long, value_name = "NAME", value_parser = sampler)]
     sampler: Option<SamplerKind>,
@@ -37,14 +37,14 @@ pub struct SamplerArgs {
     /// dopri5: error per step that is allowed relative to the state [default: 1e-3].
     #[arg(long)]
     rtol: Option<f64>,
-    /// Stochastic samplers: the diffusion coefficient, sigma `[default]`, linear, constant, decreasing or
+    /// Stochastic samplers: the diffusion coefficient, sigma (default), linear, constant, decreasing or
     /// increasing-decreasing.
     #[arg(long, value_name = "FORM")]
     sde_diffusion: Option<DiffusionForm>,
     /// Stochastic samplers: what the diffusion coefficient is multiplied by [default: 1].
     #[arg(long)]
     sde_norm: Option<f64>,
-    /// Stochastic samplers: mean `[default]`, tweedie, euler or none.
+    /// Stochastic samplers: mean (default), tweedie, euler or none.
     #[arg(long, value_name = "KIND")]
     sde_last_step: Option<LastStep>,
     /// Stochastic samplers: length of the last step, of a path of length 1 [default: 0.04].
