@@ -1,6 +1,7 @@
 //! Fréchet distance and Inception Score while training: samples drawn and judged by all ranks together, between two steps.
 
 use super::agree::{Agreed, agree};
+use super::between::BetweenSteps;
 use super::drawer::Drawer;
 use super::rank::Rank;
 use crate::metrics::{Extractor, Fit, Inception, Reference, Statistics, Wanted, inception_score};
@@ -57,12 +58,34 @@ impl Fid {
         Ok(Some(Self { config, drawer, inception, reference }))
     }
 
-    /// Judges samples of the weights of `step` on all ranks together and tells the journal; gives the scores as metrics. A
-    /// measurement that fails is left out with a warning.
-    ///
-    /// # Errors
-    /// What the collective or the journal reports.
-    pub fn measure(&self, rank: &mut Rank, step: u64) -> Result<BTreeMap<String, f64>> {
+    /// The scores by [`FidConfig::METRICS`], the same on every rank.
+    fn scores(&self, weights: &WeightSet, collective: &dyn Collective) -> Result<BTreeMap<String, f64>> {
+        let extractor = Extractor::new(&self.inception, collective, self.drawer.batch);
+        let mut pictures = |range: Range<usize>| Ok(self.drawer.draw(weights, range)?.to_rgb_tensor()?);
+        let num = self.config.num;
+        let wanted = Wanted { spatial: false, features: num };
+        let samples = Statistics::of_pictures(&extractor, num, wanted, &mut pictures)?;
+        let judged = || {
+            let (Some(samples), Some(reference)) = (&samples, &self.reference) else { return Ok([0.0; 2]) };
+            let fid = samples.pool.frechet_distance(&reference.pool, "FID")?;
+            let (score, _) = inception_score(&self.inception.log_probabilities(&samples.features)?)?;
+            Ok([fid, score])
+        };
+        let judged = agree(collective, judged())?;
+        let all = collective.gather_values(judged.map(f64::to_bits).map(u64::cast_signed).to_vec())?;
+        let of_rank_0 = all.iter().take(judged.len()).map(|bits| f64::from_bits(bits.cast_unsigned()));
+        ensure!(all.len() >= judged.len(), "the scores of rank 0 did not come");
+        Ok(FidConfig::METRICS.map(str::to_owned).into_iter().zip(of_rank_0).collect())
+    }
+}
+
+impl BetweenSteps for Fid {
+    fn every_steps(&self) -> u64 {
+        self.config.every_steps
+    }
+
+    /// A measurement that fails is left out with a warning.
+    fn look(&self, rank: &mut Rank, step: u64) -> Result<BTreeMap<String, f64>> {
         let mut metrics = BTreeMap::new();
         for section in &self.config.weights {
             let weights = rank.stepper.gather_section(section)?;
@@ -83,25 +106,5 @@ impl Fid {
             rank.tell(|_| Event::Scores { step, weights, scores, time: now() })?;
         }
         Ok(metrics)
-    }
-
-    /// The scores by [`FidConfig::METRICS`], the same on every rank.
-    fn scores(&self, weights: &WeightSet, collective: &dyn Collective) -> Result<BTreeMap<String, f64>> {
-        let extractor = Extractor::new(&self.inception, collective, self.drawer.batch);
-        let mut pictures = |range: Range<usize>| Ok(self.drawer.draw(weights, range)?.to_rgb_tensor()?);
-        let num = self.config.num;
-        let wanted = Wanted { spatial: false, features: num };
-        let samples = Statistics::of_pictures(&extractor, num, wanted, &mut pictures)?;
-        let judged = || {
-            let (Some(samples), Some(reference)) = (&samples, &self.reference) else { return Ok([0.0; 2]) };
-            let fid = samples.pool.frechet_distance(&reference.pool, "FID")?;
-            let (score, _) = inception_score(&self.inception.log_probabilities(&samples.features)?)?;
-            Ok([fid, score])
-        };
-        let judged = agree(collective, judged())?;
-        let all = collective.gather_values(judged.map(f64::to_bits).map(u64::cast_signed).to_vec())?;
-        let of_rank_0 = all.iter().take(judged.len()).map(|bits| f64::from_bits(bits.cast_unsigned()));
-        ensure!(all.len() >= judged.len(), "the scores of rank 0 did not come");
-        Ok(FidConfig::METRICS.map(str::to_owned).into_iter().zip(of_rank_0).collect())
     }
 }

@@ -1,6 +1,7 @@
 //! Sample grids while training: fixed noise and labels, EMA weights, the images shared out over all ranks so that
 //! nobody waits long.
 
+use super::between::BetweenSteps;
 use super::drawer::Drawer;
 use super::rank::Rank;
 use super::share::share_out;
@@ -9,6 +10,7 @@ use crate::model::Model;
 use anyhow::Result;
 use configs::RunConfig;
 use configs::events::{Event, now};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
@@ -19,6 +21,7 @@ pub struct SampleGrid {
     device: Device,
     drawer: Rc<Drawer>,
     num: usize,
+    every_steps: u64,
 }
 
 impl SampleGrid {
@@ -30,14 +33,18 @@ impl SampleGrid {
         device: Device,
     ) -> Option<Self> {
         let drawer = drawer.filter(|_| config.sample.every_steps > 0)?;
-        Some(Self { model, device, drawer: drawer.clone(), num: config.sample.num })
+        let configs::SampleConfig { num, every_steps, .. } = config.sample;
+        Some(Self { model, device, drawer: drawer.clone(), num, every_steps })
+    }
+}
+
+impl BetweenSteps for SampleGrid {
+    fn every_steps(&self) -> u64 {
+        self.every_steps
     }
 
-    /// Draws the grid of `step` on all ranks together; rank 0 keeps and shows it.
-    ///
-    /// # Errors
-    /// What the collective, the VAE or the journal reports.
-    pub fn draw(&self, rank: &mut Rank, step: u64) -> Result<()> {
+    /// Rank 0 keeps and shows the grid; nothing is measured.
+    fn look(&self, rank: &mut Rank, step: u64) -> Result<BTreeMap<String, f64>> {
         let weights = rank.stepper.gather_ema()?;
         let batch = self.drawer.batch;
         let mut draw = |number: usize| {
@@ -58,7 +65,7 @@ impl SampleGrid {
             Ok(())
         };
         share_out(&*rank.collective, self.num.div_ceil(batch), &mut draw, &mut take)?;
-        let Some(images) = all else { return Ok(()) };
+        let Some(images) = all else { return Ok(BTreeMap::new()) };
         let columns = (rank.recipe.model.num_classes as usize).clamp(1, 10);
         let grid = Grid::new(&images, columns, 2)?;
         if let Some(journal) = &mut rank.journal {
@@ -66,6 +73,6 @@ impl SampleGrid {
             let path = journal.image(step, &name, "samples/ema", &grid.to_png()?, (grid.width, grid.height))?;
             rank.tell(|_| Event::Sample { step, path, time: now() })?;
         }
-        Ok(())
+        Ok(BTreeMap::new())
     }
 }

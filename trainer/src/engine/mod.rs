@@ -1,6 +1,7 @@
 //! The training engine of one rank: buckets, lanes, the step, and what surrounds it.
 
 pub mod agree;
+pub mod between;
 pub mod bucket;
 pub mod drawer;
 pub mod fid;

@@ -1,6 +1,7 @@
 //! Sets up one rank: the only place of construction order.
 
 use super::agree::{Agreed, agree, decided_by_rank_0};
+use super::between::BetweenSteps;
 use super::bucket::Buckets;
 use super::drawer::Drawer;
 use super::fid::Fid;
@@ -54,12 +55,8 @@ pub struct Rank {
     pub saver: Saver,
     /// What people see; rank 0 only.
     pub journal: Option<Journal>,
-    /// Sample grids, where the config asks for them.
-    pub grid: Option<SampleGrid>,
-    /// Held-out loss, where the config asks for it.
-    pub validation: Option<Validation>,
-    /// Fréchet distance of samples, where the config asks for it.
-    pub fid: Option<Fid>,
+    /// What is done between steps, in this order.
+    pub between: Vec<Box<dyn BetweenSteps>>,
     /// Stop requests.
     pub stop: StopFlag,
 }
@@ -88,9 +85,16 @@ impl Rank {
         let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
         let mut optimizer = agree(&*collective, Optimizer::of_config(&config, &*model).map_err(Into::into))?;
         let drawer = agree(&*collective, Drawer::from_config(&config, &recipe, model.clone(), device))?;
-        let grid = SampleGrid::from_config(&config, drawer.as_ref(), model.clone(), device);
-        let validation = Validation::from_config(&config, &recipe, &model, device, &*collective)?;
-        let fid = Fid::from_config(&config, drawer.as_ref(), device, &*collective)?;
+        let mut between: Vec<Box<dyn BetweenSteps>> = Vec::new();
+        if let Some(grid) = SampleGrid::from_config(&config, drawer.as_ref(), model.clone(), device) {
+            between.push(Box::new(grid));
+        }
+        if let Some(validation) = Validation::from_config(&config, &recipe, &model, device, &*collective)? {
+            between.push(Box::new(validation));
+        }
+        if let Some(fid) = Fid::from_config(&config, drawer.as_ref(), device, &*collective)? {
+            between.push(Box::new(fid));
+        }
         let manifest = decided_by_rank_0(&*collective, || find_checkpoint(&config, &record, &store))?;
         let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
         let (initial, initialised) = match &manifest {
@@ -145,9 +149,7 @@ impl Rank {
             stepper,
             saver,
             journal,
-            grid,
-            validation,
-            fid,
+            between,
             stop,
         })
     }

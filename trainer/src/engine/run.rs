@@ -56,26 +56,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         }
         let saved = rank.saver.advance(&report.signals, &rank.record)?;
         rank.announce(saved)?;
-        if due(rank.config.sample.every_steps)
-            && let Some(grid) = rank.grid.take()
-        {
-            grid.draw(rank, step)?;
-            rank.grid = Some(grid);
-        }
-        // What is measured of the weights of a step goes into its checkpoint, if there is one.
-        let mut metrics = BTreeMap::new();
-        if due(rank.config.validation.as_ref().map_or(0, |validation| validation.every_steps))
-            && let Some(validation) = rank.validation.take()
-        {
-            metrics.extend(validation.measure(rank, step)?);
-            rank.validation = Some(validation);
-        }
-        if due(rank.config.fid.as_ref().map_or(0, |fid| fid.every_steps))
-            && let Some(fid) = rank.fid.take()
-        {
-            metrics.extend(fid.measure(rank, step)?);
-            rank.fid = Some(fid);
-        }
+        let metrics = rank.look(step, &due)?;
         if due(rank.config.checkpoint.every_steps) || stop {
             rank.stepper.wait_for_all_weights()?;
             let saved = rank.saver.save(step, &rank.stepper, metrics, &rank.record)?;
@@ -112,6 +93,17 @@ impl Rank {
             }
         }
         Ok(())
+    }
+
+    /// Does what is due between this step and the next; gives what was measured of the weights.
+    fn look(&mut self, step: u64, due: &dyn Fn(u64) -> bool) -> Result<BTreeMap<String, f64>> {
+        let mut metrics = BTreeMap::new();
+        let between = std::mem::take(&mut self.between);
+        for task in between.iter().filter(|task| due(task.every_steps())) {
+            metrics.extend(task.look(self, step)?);
+        }
+        self.between = between;
+        Ok(metrics)
     }
 
     fn announce(&mut self, saved: Option<Saved>) -> Result<()> {

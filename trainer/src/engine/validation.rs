@@ -1,6 +1,7 @@
 //! Held-out loss while training: all ranks together, between two steps.
 
 use super::agree::agree;
+use super::between::BetweenSteps;
 use super::rank::Rank;
 use crate::model::Model;
 use crate::recipe::Recipe;
@@ -18,6 +19,7 @@ use tch::Device;
 pub struct Validation {
     held_out: HeldOut,
     weights: Vec<String>,
+    every_steps: u64,
 }
 
 impl Validation {
@@ -41,14 +43,17 @@ impl Validation {
         if let Some(warning) = held_out.warning.as_ref().filter(|_| collective.rank() == 0) {
             eprintln!("trainer: warning: `validation.url`: {warning}");
         }
-        Ok(Some(Self { held_out, weights: validation.weights.clone() }))
+        let weights = validation.weights.clone();
+        Ok(Some(Self { held_out, weights, every_steps: validation.every_steps }))
+    }
+}
+
+impl BetweenSteps for Validation {
+    fn every_steps(&self) -> u64 {
+        self.every_steps
     }
 
-    /// Judges the weights of `step` on all ranks together and tells the journal; gives the losses as metrics.
-    ///
-    /// # Errors
-    /// What the collective or the journal reports.
-    pub fn measure(&self, rank: &mut Rank, step: u64) -> Result<BTreeMap<String, f64>> {
+    fn look(&self, rank: &mut Rank, step: u64) -> Result<BTreeMap<String, f64>> {
         let mut metrics = BTreeMap::new();
         for section in &self.weights {
             let weights = rank.stepper.gather_section(section)?;
