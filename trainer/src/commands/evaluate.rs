@@ -1,6 +1,6 @@
 //! `trainer evaluate`: the field's scores of a set of samples.
 
-use super::ranks::together;
+use super::ranks::{ConfigArgs, together};
 use crate::device::DeviceChoice;
 use crate::engine::agree::agree;
 use crate::ffi;
@@ -17,12 +17,8 @@ use std::time::{Duration, Instant};
 /// Options of `trainer evaluate`.
 #[derive(clap::Args)]
 pub struct EvaluateArgs {
-    /// A run's config, for what is not given here: fid.reference and fid.inception, threads, deadline.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Overrides of the config's keys.
-    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
-    overrides: Vec<String>,
+    #[command(flatten)]
+    run: ConfigArgs,
     /// The samples: FILE.npz (arr_0, uint8 [N, H, W, 3]), a folder of images, or idx:DIR[:train|test], folder:DIR, tar:GLOB.
     #[arg(long, value_name = "FILE.npz|DIR")]
     samples: Option<String>,
@@ -70,7 +66,7 @@ const PATIENCE: Duration = Duration::from_secs(1800);
 /// # Errors
 /// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
 pub fn evaluate(args: &EvaluateArgs) -> Result<i32> {
-    together(args.config.as_deref(), &args.overrides, PATIENCE, |config, collective| run(args, config, collective))
+    together(&args.run, PATIENCE, |config, collective| run(args, config, collective))
 }
 
 fn run(args: &EvaluateArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<()> {

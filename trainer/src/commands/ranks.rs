@@ -8,9 +8,20 @@ use checkpoint::CheckpointReader;
 use collective::Collective;
 use configs::{RunConfig, exit};
 use std::collections::{BTreeSet, HashMap};
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 use tch::{Device, Tensor};
+
+/// The run's config, as the launcher gives it to its ranks.
+#[derive(clap::Args)]
+pub struct ConfigArgs {
+    /// A run's config, for what is not given here and for how long ranks wait for each other. The launcher gives it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Overrides of config keys.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    overrides: Vec<String>,
+}
 
 /// Lets the kernel end this process together with its parent: a rank whose launcher is gone must not go on.
 pub fn end_with_parent() {
@@ -25,12 +36,11 @@ pub fn end_with_parent() {
 /// # Errors
 /// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
 pub fn together(
-    config: Option<&Path>,
-    overrides: &[String],
+    args: &ConfigArgs,
     at_least: Duration,
     work: impl FnOnce(Option<&RunConfig>, &dyn Collective) -> Result<()>,
 ) -> Result<i32> {
-    let config = config.map(|path| RunConfig::load(path, overrides)).transpose()?;
+    let config = args.config.as_ref().map(|path| RunConfig::load(path, &args.overrides)).transpose()?;
     if config.is_some() {
         end_with_parent();
     }

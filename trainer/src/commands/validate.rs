@@ -1,6 +1,6 @@
 //! `trainer validate`: the held-out loss of a checkpoint, by one process or by all ranks of a world.
 
-use super::ranks::{load_weights, open_together, together};
+use super::ranks::{ConfigArgs, load_weights, open_together, together};
 use crate::device::DeviceChoice;
 use crate::engine::agree::agree;
 use crate::ffi;
@@ -12,7 +12,6 @@ use checkpoint::{CheckpointReader, Manifest};
 use collective::Collective;
 use configs::{Columns, RunConfig, ValidationConfig, location};
 use serde_json::json;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tch::Device;
@@ -24,12 +23,8 @@ pub struct ValidateArgs {
     /// `<run>/checkpoints/best`); the run of --config when not given.
     #[arg(long, value_name = "URL", required_unless_present = "config")]
     checkpoint: Option<String>,
-    /// A run's config: for its `run.url`, `[validation]` and `collective.timeout_s`. The launcher gives it.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Overrides of config keys.
-    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
-    overrides: Vec<String>,
+    #[command(flatten)]
+    run: ConfigArgs,
     /// Held-out data set [default: validation.url of --config, else of the checkpoint's run].
     #[arg(long, value_name = "URL")]
     data: Option<String>,
@@ -68,9 +63,7 @@ pub struct ValidateArgs {
 /// A config that cannot be used. Later failures are reported here, by one rank, because the others must be
 /// ended too.
 pub fn validate(args: &ValidateArgs) -> Result<i32> {
-    together(args.config.as_deref(), &args.overrides, Duration::ZERO, |config, collective| {
-        judge(args, config, collective)
-    })
+    together(&args.run, Duration::ZERO, |config, collective| judge(args, config, collective))
 }
 
 fn judge(args: &ValidateArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<()> {

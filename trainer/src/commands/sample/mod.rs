@@ -3,7 +3,7 @@
 mod options;
 mod output;
 
-use super::ranks::{load_weights, open_together, together};
+use super::ranks::{ConfigArgs, load_weights, open_together, together};
 use crate::device::DeviceChoice;
 use crate::engine::agree::agree;
 use crate::engine::share::share_out;
@@ -32,12 +32,8 @@ pub struct SampleArgs {
     /// `<run>/checkpoints/best`); the run of --config when not given.
     #[arg(long, value_name = "URL", required_unless_present = "config")]
     checkpoint: Option<String>,
-    /// A run's config: for its `run.url`, `sample.vae` and `collective.timeout_s`. The launcher gives it.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Overrides of config keys.
-    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
-    overrides: Vec<String>,
+    #[command(flatten)]
+    run: ConfigArgs,
     /// Which weights: ema, model, or the section of a further EMA.
     #[arg(long, value_name = "SECTION", default_value = "ema")]
     weights: String,
@@ -92,9 +88,7 @@ enum LabelDraw {
 /// # Errors
 /// A config that cannot be used. Later failures are reported here, by one rank, because the others must be ended too.
 pub fn sample(args: &SampleArgs) -> Result<i32> {
-    together(args.config.as_deref(), &args.overrides, Duration::ZERO, |config, collective| {
-        draw(args, config, collective)
-    })
+    together(&args.run, Duration::ZERO, |config, collective| draw(args, config, collective))
 }
 
 fn draw(args: &SampleArgs, config: Option<&RunConfig>, collective: &dyn Collective) -> Result<()> {
