@@ -38,10 +38,4 @@ pub use fid::FidConfig;
 pub use resume::{KeyChange, changed_experiment_keys};
 pub use sampler::{GuidedChannels, Sampler};
 pub use schema::*;
-pub use schema::{
-    Adapt, CheckpointConfig, ClusterConfig, CollectiveConfig, Columns, Conditioning, DataConfig, Decay, Device,
-    DiffusionConfig, EmaConfig, InitClasses, InitConfig, InitPositions, LogConfig, LoraConfig, ModelConfig, Objective,
-    OnDamaged, OptimizerConfig, Reduction, RunConfig, RunLocation, SampleConfig, Schedule, TimestepSampling,
-    TrainConfig,
-};
 pub use validation::ValidationConfig;

@@ -167,7 +167,7 @@ pub struct ModelConfig {
 }
 
 /// `model.conditioning`: how time and label reach the blocks.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Conditioning {
     /// Modulated norms and gated branches, all zero at first.
@@ -559,7 +559,8 @@ impl RunConfig {
     }
 }
 
-/// Keys younger than runs that are to stay resumable are recorded only where they say something.
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+/// Whether a key is at its default. Keys younger than runs that are to stay resumable are recorded only where they say
+/// something.
+pub fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }

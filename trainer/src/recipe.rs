@@ -4,7 +4,7 @@ use crate::diffusion::{
     FlowMatching, Gaussian, Objective, Prediction, Process, Respacing, Schedule, Tables, TimestepSampling,
     zero_terminal_snr,
 };
-use crate::model::dit::{Conditioning, Dit, DitConfig};
+use crate::model::dit::{Dit, DitConfig};
 use crate::model::{Model, freeze::freeze, lora::adapt};
 use crate::vae::AutoencoderKl;
 use configs::{DiffusionConfig, LoraConfig, RunConfig};
@@ -127,12 +127,7 @@ impl Recipe {
             mlp_ratio: m.mlp_ratio,
             class_dropout_prob: m.class_dropout_prob,
             learn_sigma: m.learn_sigma,
-            conditioning: match m.conditioning {
-                configs::Conditioning::AdaLnZero => Conditioning::AdaLnZero,
-                configs::Conditioning::AdaLn => Conditioning::AdaLn,
-                configs::Conditioning::CrossAttention => Conditioning::CrossAttention,
-                configs::Conditioning::InContext => Conditioning::InContext,
-            },
+            conditioning: m.conditioning,
             numerics: m.numerics.into(),
         };
         if !problems.is_empty() {

@@ -6,11 +6,13 @@ use super::layers::{
     apply_linear, attention_and_mlp, attention_and_mlp_macs, layer_norm, linear, mlp, modulate, self_attention,
 };
 use super::{Design, DitConfig};
-use crate::model::{Flow, Init, ParamSpec, Probe, Segment, Weights};
+use crate::model::{Flow, Init, ParamSpec, Probe, Weights};
+use tch::Tensor;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    block: |config, prefix| Box::new(Block { config, prefix }),
+    block_params,
+    block,
     final_layer: |config| {
         let d = config.hidden_size;
         Box::new(AdaLnFinal { config, modulation: Init::XavierUniform { fan_in: d, fan_out: 2 * d } })
@@ -22,41 +24,21 @@ pub(super) const DESIGN: Design = Design {
     final_macs: |c| final_layer::macs(c) + 2 * c.hidden_size * c.hidden_size,
 };
 
-/// x += attention(modulate(norm x)); x += mlp(modulate(norm x)).
-struct Block {
-    config: DitConfig,
-    prefix: String,
+fn block_params(config: &DitConfig) -> Vec<ParamSpec> {
+    let d = config.hidden_size;
+    attention_and_mlp(config).into_iter().chain(linear("adaLN_modulation.1", 4 * d, d)).collect()
 }
 
-impl Segment for Block {
-    fn prefix(&self) -> &str {
-        &self.prefix
-    }
-
-    fn params(&self) -> Vec<ParamSpec> {
-        let d = self.config.hidden_size;
-        attention_and_mlp(&self.config).into_iter().chain(linear("adaLN_modulation.1", 4 * d, d)).collect()
-    }
-
-    fn forward(&self, w: &Weights, input: &Flow, probe: Probe) -> Flow {
-        let (x, condition) = (&input.state[0], &input.context[0]); // [N, T, D], [N, D]
-        let ada = apply_linear(w, "adaLN_modulation.1", &condition.silu()); // [N, 4D]
-        let chunks = ada.chunk(4, -1);
-        let [shift_msa, scale_msa, shift_mlp, scale_mlp] = &chunks[..] else { panic!("chunk(4) gives four tensors") };
-        let mut see = |name: &str, tensor: &_| probe(&format!("{}{name}", self.prefix), tensor);
-
-        let norm1 = layer_norm(x);
-        let attention = self_attention(w, self.config.num_heads, &modulate(&norm1, shift_msa, scale_msa), &mut see);
-        let x = x + &attention;
-        let (mlp, activated) = mlp(w, &modulate(&layer_norm(&x), shift_mlp, scale_mlp));
-        let x = x + &mlp;
-
-        see("ada", &ada);
-        see("norm1", &norm1);
-        see("attn", &attention);
-        see("mlp_act", &activated);
-        see("mlp", &mlp);
-        see("", &x);
-        Flow { state: vec![x], context: Vec::new() }
-    }
+/// x += attention(modulate(norm x)); x += mlp(modulate(norm x)).
+fn block(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Tensor {
+    let (x, condition) = (&input.state[0], &input.context[0]); // [N, T, D], [N, D]
+    let ada = apply_linear(w, "adaLN_modulation.1", &condition.silu()); // [N, 4D]
+    see("ada", &ada);
+    let chunks = ada.chunk(4, -1);
+    let [shift_msa, scale_msa, shift_mlp, scale_mlp] = &chunks[..] else { panic!("chunk(4) gives four tensors") };
+    let norm1 = layer_norm(x);
+    see("norm1", &norm1);
+    let x = x + self_attention(w, config.num_heads, &modulate(&norm1, shift_msa, scale_msa), see);
+    let mlp = mlp(w, &modulate(&layer_norm(&x), shift_mlp, scale_mlp), see);
+    x + mlp
 }

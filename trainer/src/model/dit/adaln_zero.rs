@@ -8,11 +8,13 @@ use super::layers::{
     self_attention,
 };
 use super::{Design, DitConfig};
-use crate::model::{Flow, Init, ParamSpec, Probe, Segment, Weights};
+use crate::model::{Flow, Init, ParamSpec, Probe, Weights};
+use tch::Tensor;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    block: |config, prefix| Box::new(Block { config, prefix }),
+    block_params,
+    block,
     final_layer: |config| Box::new(AdaLnFinal { config, modulation: Init::Zeros }),
     block_macs: |c| {
         let (d, tokens) = (c.hidden_size, c.tokens());
@@ -29,45 +31,26 @@ pub(super) fn enter(embedded: Embedded, probe: Probe) -> Flow {
     Flow { state: vec![tokens], context: vec![condition] }
 }
 
-/// x += gate·attention(modulate(norm x)); x += gate·mlp(modulate(norm x)).
-struct Block {
-    config: DitConfig,
-    prefix: String,
+fn block_params(config: &DitConfig) -> Vec<ParamSpec> {
+    let d = config.hidden_size;
+    let modulation = linear_from("adaLN_modulation.1", 6 * d, d, Init::Zeros);
+    attention_and_mlp(config).into_iter().chain(modulation).collect()
 }
 
-impl Segment for Block {
-    fn prefix(&self) -> &str {
-        &self.prefix
-    }
-
-    fn params(&self) -> Vec<ParamSpec> {
-        let d = self.config.hidden_size;
-        let modulation = linear_from("adaLN_modulation.1", 6 * d, d, Init::Zeros);
-        attention_and_mlp(&self.config).into_iter().chain(modulation).collect()
-    }
-
-    fn forward(&self, w: &Weights, input: &Flow, probe: Probe) -> Flow {
-        let (x, condition) = (&input.state[0], &input.context[0]); // [N, T, D], [N, D]
-        let ada = apply_linear(w, "adaLN_modulation.1", &condition.silu()); // [N, 6D]
-        let chunks = ada.chunk(6, -1);
-        let [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp] = &chunks[..] else {
-            panic!("chunk(6) gives six tensors")
-        };
-        let mut see = |name: &str, tensor: &_| probe(&format!("{}{name}", self.prefix), tensor);
-
-        let norm1 = layer_norm(x);
-        let attention = self_attention(w, self.config.num_heads, &modulate(&norm1, shift_msa, scale_msa), &mut see);
-        let x = x + gate_msa.unsqueeze(1) * &attention;
-        let norm2 = layer_norm_eps(&x, self.config.numerics.mlp_norm_eps);
-        let (mlp, activated) = mlp(w, &modulate(&norm2, shift_mlp, scale_mlp));
-        let x = x + gate_mlp.unsqueeze(1) * &mlp;
-
-        see("ada", &ada);
-        see("norm1", &norm1);
-        see("attn", &attention);
-        see("mlp_act", &activated);
-        see("mlp", &mlp);
-        see("", &x);
-        Flow { state: vec![x], context: Vec::new() }
-    }
+/// x += gate·attention(modulate(norm x)); x += gate·mlp(modulate(norm x)).
+fn block(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Tensor {
+    let (x, condition) = (&input.state[0], &input.context[0]); // [N, T, D], [N, D]
+    let ada = apply_linear(w, "adaLN_modulation.1", &condition.silu()); // [N, 6D]
+    see("ada", &ada);
+    let chunks = ada.chunk(6, -1);
+    let [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp] = &chunks[..] else {
+        panic!("chunk(6) gives six tensors")
+    };
+    let norm1 = layer_norm(x);
+    see("norm1", &norm1);
+    let attention = self_attention(w, config.num_heads, &modulate(&norm1, shift_msa, scale_msa), see);
+    let x = x + gate_msa.unsqueeze(1) * attention;
+    let norm2 = layer_norm_eps(&x, config.numerics.mlp_norm_eps);
+    let mlp = mlp(w, &modulate(&norm2, shift_mlp, scale_mlp), see);
+    x + gate_mlp.unsqueeze(1) * mlp
 }

@@ -7,7 +7,7 @@ use super::layers::{
     affine_norm, apply_norm, attention_and_mlp, attention_and_mlp_macs, cross_attention, linear, mlp, self_attention,
 };
 use super::{Design, DitConfig};
-use crate::model::{Flow, ParamSpec, Probe, Segment, Weights};
+use crate::model::{Flow, ParamSpec, Probe, Weights};
 use tch::Tensor;
 
 /// Tokens of the context.
@@ -15,7 +15,8 @@ const CONTEXT_TOKENS: i64 = 2;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    block: |config, prefix| Box::new(Block { config, prefix }),
+    block_params,
+    block,
     final_layer: |config| Box::new(AffineFinal { config }),
     block_macs: |c| {
         let (d, tokens) = (c.hidden_size, c.tokens());
@@ -30,48 +31,28 @@ fn enter(embedded: Embedded, _: Probe) -> Flow {
     Flow { state: vec![tokens], context: vec![Tensor::stack(&[t_emb, y_emb], 1)] } // [N, T, D], [N, 2, D]
 }
 
-/// x += attention(norm x); x += cross_attention(norm x, context); x += mlp(norm x).
-struct Block {
-    config: DitConfig,
-    prefix: String,
+fn block_params(config: &DitConfig) -> Vec<ParamSpec> {
+    let d = config.hidden_size;
+    let groups = [
+        affine_norm("norm1", d),
+        affine_norm("norm_cross", d),
+        affine_norm("norm2", d),
+        linear("cross_attn.q", d, d),
+        linear("cross_attn.kv", 2 * d, d),
+        linear("cross_attn.proj", d, d),
+    ];
+    groups.into_iter().flatten().chain(attention_and_mlp(config)).collect()
 }
 
-impl Segment for Block {
-    fn prefix(&self) -> &str {
-        &self.prefix
-    }
-
-    fn params(&self) -> Vec<ParamSpec> {
-        let d = self.config.hidden_size;
-        let groups = [
-            affine_norm("norm1", d),
-            affine_norm("norm_cross", d),
-            affine_norm("norm2", d),
-            linear("cross_attn.q", d, d),
-            linear("cross_attn.kv", 2 * d, d),
-            linear("cross_attn.proj", d, d),
-        ];
-        groups.into_iter().flatten().chain(attention_and_mlp(&self.config)).collect()
-    }
-
-    fn forward(&self, w: &Weights, input: &Flow, probe: Probe) -> Flow {
-        let (x, context) = (&input.state[0], &input.context[0]); // [N, T, D], [N, 2, D]
-        let heads = self.config.num_heads;
-        let mut see = |name: &str, tensor: &_| probe(&format!("{}{name}", self.prefix), tensor);
-        let norm1 = apply_norm(w, "norm1", x);
-        let attention = self_attention(w, heads, &norm1, &mut see);
-        let x = x + &attention;
-        let cross = cross_attention(w, heads, &apply_norm(w, "norm_cross", &x), context);
-        let x = x + &cross;
-        let (mlp, activated) = mlp(w, &apply_norm(w, "norm2", &x));
-        let x = x + &mlp;
-
-        see("norm1", &norm1);
-        see("attn", &attention);
-        see("cross_attn", &cross);
-        see("mlp_act", &activated);
-        see("mlp", &mlp);
-        see("", &x);
-        Flow { state: vec![x], context: Vec::new() }
-    }
+/// x += attention(norm x); x += cross_attention(norm x, context); x += mlp(norm x).
+fn block(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Tensor {
+    let (x, context) = (&input.state[0], &input.context[0]); // [N, T, D], [N, 2, D]
+    let norm1 = apply_norm(w, "norm1", x);
+    see("norm1", &norm1);
+    let x = x + self_attention(w, config.num_heads, &norm1, see);
+    let cross = cross_attention(w, config.num_heads, &apply_norm(w, "norm_cross", &x), context);
+    see("cross_attn", &cross);
+    let x = x + cross;
+    let mlp = mlp(w, &apply_norm(w, "norm2", &x), see);
+    x + mlp
 }

@@ -78,6 +78,6 @@ impl Segment for Embedders {
         probe("t_freq", &t_freq);
         probe("t_emb", &t_emb);
         probe("y_emb", &y_emb);
-        (c.conditioning.design().enter)(Embedded { tokens, t_emb, y_emb }, probe)
+        (c.design().enter)(Embedded { tokens, t_emb, y_emb }, probe)
     }
 }

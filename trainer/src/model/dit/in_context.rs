@@ -5,7 +5,7 @@ use super::embedders::Embedded;
 use super::final_layer::{self, AffineFinal};
 use super::layers::{affine_norm, apply_norm, attention_and_mlp, attention_and_mlp_macs, mlp, self_attention};
 use super::{Design, DitConfig};
-use crate::model::{Flow, ParamSpec, Probe, Segment, Weights};
+use crate::model::{Flow, ParamSpec, Probe, Weights};
 use tch::Tensor;
 
 /// Tokens behind those of the image.
@@ -13,7 +13,8 @@ const EXTRA_TOKENS: i64 = 2;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    block: |config, prefix| Box::new(Block { config, prefix }),
+    block_params,
+    block,
     final_layer: |config| Box::new(AffineFinal { config }),
     block_macs: |c| {
         let tokens = c.tokens() + EXTRA_TOKENS;
@@ -28,37 +29,18 @@ fn enter(embedded: Embedded, _: Probe) -> Flow {
     Flow { state: vec![joined], context: Vec::new() }
 }
 
-/// x += attention(norm x); x += mlp(norm x).
-struct Block {
-    config: DitConfig,
-    prefix: String,
+fn block_params(config: &DitConfig) -> Vec<ParamSpec> {
+    let d = config.hidden_size;
+    let norms = [affine_norm("norm1", d), affine_norm("norm2", d)];
+    norms.into_iter().flatten().chain(attention_and_mlp(config)).collect()
 }
 
-impl Segment for Block {
-    fn prefix(&self) -> &str {
-        &self.prefix
-    }
-
-    fn params(&self) -> Vec<ParamSpec> {
-        let d = self.config.hidden_size;
-        let norms = [affine_norm("norm1", d), affine_norm("norm2", d)];
-        norms.into_iter().flatten().chain(attention_and_mlp(&self.config)).collect()
-    }
-
-    fn forward(&self, w: &Weights, input: &Flow, probe: Probe) -> Flow {
-        let x = &input.state[0]; // [N, T + 2, D]
-        let mut see = |name: &str, tensor: &_| probe(&format!("{}{name}", self.prefix), tensor);
-        let norm1 = apply_norm(w, "norm1", x);
-        let attention = self_attention(w, self.config.num_heads, &norm1, &mut see);
-        let x = x + &attention;
-        let (mlp, activated) = mlp(w, &apply_norm(w, "norm2", &x));
-        let x = x + &mlp;
-
-        see("norm1", &norm1);
-        see("attn", &attention);
-        see("mlp_act", &activated);
-        see("mlp", &mlp);
-        see("", &x);
-        Flow { state: vec![x], context: Vec::new() }
-    }
+/// x += attention(norm x); x += mlp(norm x).
+fn block(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Tensor {
+    let x = &input.state[0]; // [N, T + 2, D]
+    let norm1 = apply_norm(w, "norm1", x);
+    see("norm1", &norm1);
+    let x = x + self_attention(w, config.num_heads, &norm1, see);
+    let mlp = mlp(w, &apply_norm(w, "norm2", &x), see);
+    x + mlp
 }

@@ -82,7 +82,9 @@ pub(super) fn self_attention(w: &Weights, heads: i64, x: &Tensor, see: Probe) ->
     let qkv = apply_linear(w, "attn.qkv", x); // [N, T, 3D]
     see("qkv", &qkv);
     let [q, k, v] = split_heads(&qkv, heads);
-    apply_linear(w, "attn.proj", &attend(&q, &k, &v))
+    let attention = apply_linear(w, "attn.proj", &attend(&q, &k, &v));
+    see("attn", &attention);
+    attention
 }
 
 /// Multi-head attention of `x` to `context`, `cross_attn.q`, `.kv` and `.proj`; rows of `kv` are [k | v], head-major.
@@ -109,8 +111,11 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     mixed.transpose(1, 2).flatten(2, 3)
 }
 
-/// fc2(GELU(fc1 x)), with the hidden activations.
-pub(super) fn mlp(w: &Weights, x: &Tensor) -> (Tensor, Tensor) {
+/// fc2(GELU(fc1 x)).
+pub(super) fn mlp(w: &Weights, x: &Tensor, see: Probe) -> Tensor {
     let activated = apply_linear(w, "mlp.fc1", x).gelu("tanh");
-    (apply_linear(w, "mlp.fc2", &activated), activated)
+    see("mlp_act", &activated);
+    let mlp = apply_linear(w, "mlp.fc2", &activated);
+    see("mlp", &mlp);
+    mlp
 }

@@ -3,6 +3,7 @@
 
 mod adaln;
 mod adaln_zero;
+mod block;
 mod cross_attention;
 mod embedders;
 mod final_layer;
@@ -11,9 +12,11 @@ mod layers;
 mod numerics;
 pub mod refit;
 
-use super::{Flow, Model, Probe, Segment};
+use super::{Flow, Model, ParamSpec, Probe, Segment, Weights};
+pub use configs::Conditioning;
 pub use numerics::Numerics;
 
+use block::Block;
 use embedders::{Embedded, Embedders};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -42,55 +45,33 @@ pub struct DitConfig {
     /// Whether the output has a second half of channels for the variance.
     pub learn_sigma: bool,
     /// How time and label reach the blocks.
-    #[serde(default, skip_serializing_if = "Conditioning::is_default")]
+    #[serde(default, skip_serializing_if = "configs::is_default")]
     pub conditioning: Conditioning,
     /// Constants that are not the official code's, of a model that was trained elsewhere.
     #[serde(default, skip_serializing_if = "Numerics::is_default")]
     pub numerics: Numerics,
 }
 
-/// How time and label reach the blocks; see each design's file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Conditioning {
-    /// Modulated norms and gates, zero at first.
-    #[default]
-    #[serde(rename = "adaln-zero")]
-    AdaLnZero,
-    /// Modulated norms.
-    #[serde(rename = "adaln")]
-    AdaLn,
-    /// Attention to a context of two tokens.
-    CrossAttention,
-    /// Two more tokens.
-    InContext,
-}
-
 /// What makes a conditioning design: how the embedders' work enters the chain, its block and its final layer.
 struct Design {
     enter: fn(Embedded, Probe) -> Flow,
-    block: fn(DitConfig, String) -> Box<dyn Segment>,
+    block_params: fn(&DitConfig) -> Vec<ParamSpec>,
+    /// The tokens after a block, from those before it and the context of `enter`.
+    block: fn(&DitConfig, &Weights, &Flow, Probe) -> Tensor,
     final_layer: fn(DitConfig) -> Box<dyn Segment>,
     block_macs: fn(&DitConfig) -> i64,
     final_macs: fn(&DitConfig) -> i64,
 }
 
-impl Conditioning {
-    fn design(self) -> &'static Design {
-        match self {
-            Self::AdaLnZero => &adaln_zero::DESIGN,
-            Self::AdaLn => &adaln::DESIGN,
-            Self::CrossAttention => &cross_attention::DESIGN,
-            Self::InContext => &in_context::DESIGN,
+impl DitConfig {
+    fn design(&self) -> &'static Design {
+        match self.conditioning {
+            Conditioning::AdaLnZero => &adaln_zero::DESIGN,
+            Conditioning::AdaLn => &adaln::DESIGN,
+            Conditioning::CrossAttention => &cross_attention::DESIGN,
+            Conditioning::InContext => &in_context::DESIGN,
         }
     }
-
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-impl DitConfig {
     fn out_channels(&self) -> i64 {
         if self.learn_sigma { 2 * self.in_channels } else { self.in_channels }
     }
@@ -175,10 +156,10 @@ impl Dit {
         if !problems.is_empty() {
             return Err(DitConfigError(problems.join("; ")));
         }
-        let design = config.conditioning.design();
         let mut segments: Vec<Box<dyn Segment>> = vec![Box::new(Embedders { config: config.clone() })];
-        segments.extend((0..config.depth).map(|index| (design.block)(config.clone(), format!("blocks.{index}."))));
-        segments.push((design.final_layer)(config.clone()));
+        let block = |index| Block { config: config.clone(), prefix: format!("blocks.{index}.") };
+        segments.extend((0..config.depth).map(|index| Box::new(block(index)) as Box<dyn Segment>));
+        segments.push((config.design().final_layer)(config.clone()));
         let latent_shape = [config.in_channels, config.input_size, config.input_size];
         Ok(Self { config, segments, latent_shape })
     }
@@ -215,7 +196,7 @@ impl Model for Dit {
     }
 
     fn macs_per_sample(&self) -> u64 {
-        let (c, design) = (&self.config, self.config.conditioning.design());
+        let (c, design) = (&self.config, self.config.design());
         (Embedders::macs(c) + c.depth * (design.block_macs)(c) + (design.final_macs)(c)) as u64
     }
 }
