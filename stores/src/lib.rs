@@ -1,13 +1,23 @@
-//! From a URL to an object store, the same way for data sets, checkpoints and logs.
+//! From a URL to an object store, the same way for data sets, checkpoints and logs; and from an object to ranges of its bytes:
+//! [`RangeReader`] asks for few large ones, tries again, and keeps what it has read in a [`BlockCache`] on disk.
 //!
 //! Credentials never come from URLs: they come from the environment (`AWS_…`, `GOOGLE_…`, `AZURE_…`) and, for S3, from the
 //! profile files that other tools share (see [`profile`]). Only variables with a vendor's prefix are read: the stores also know
 //! bare names such as `token`, which may mean anything in somebody's shell.
 
+mod cache;
+mod object;
+mod plan;
 pub mod profile;
+mod ranges;
 mod redact;
+mod retry;
 
+pub use cache::{BlockCache, CacheError};
+pub use object::Object;
+pub use ranges::RangeReader;
 pub use redact::redact_text;
+pub use retry::{ReadError, ReadOptions};
 
 use object_store::{
     BackoffConfig, Certificate, ClientOptions, ObjectStore, ObjectStoreScheme, RetryConfig, aws::AmazonS3Builder,
