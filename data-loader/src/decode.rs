@@ -4,6 +4,7 @@ use arrow::array::{Array, ArrayRef, AsArray};
 use arrow::buffer::{Buffer, ScalarBuffer};
 use arrow::compute::{CastOptions, cast, cast_with_options};
 use arrow::datatypes::{DataType, Float16Type, Float32Type, Int64Type};
+use bytemuck::cast_slice;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -33,6 +34,15 @@ impl Numbers {
             Self::F16(numbers) => numbers[range].convert_to_f32_slice(out),
             Self::Bf16(numbers) => numbers[range].convert_to_f32_slice(out),
             Self::F32(numbers) => out.copy_from_slice(&numbers[range]),
+        }
+    }
+
+    /// The bytes of all numbers.
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::F16(numbers) => cast_slice(numbers.reinterpret_cast()),
+            Self::Bf16(numbers) => cast_slice(numbers.reinterpret_cast()),
+            Self::F32(numbers) => cast_slice(numbers),
         }
     }
 }
@@ -94,6 +104,11 @@ impl RowBlock {
     pub fn latent(&self, column: usize, index: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.numel, "`out` must hold one latent");
         self.latents[column].widen(index * self.numel, out);
+    }
+
+    /// Copies row `index` of latent column `column` as stored, in this machine's byte order.
+    pub(crate) fn copy_stored(&self, column: usize, index: usize, out: &mut [u8]) {
+        out.copy_from_slice(&self.latents[column].bytes()[index * out.len()..][..out.len()]);
     }
 }
 

@@ -32,5 +32,5 @@ pub use fixed::{FixedOptions, FixedRows};
 pub use form::Dtype;
 pub use report::{ChannelStats, Inspection, inspect, verify};
 pub use schedule::{EpochOrder, LaneSchedule, RowRun, ScheduleOptions};
-pub use stream::{MicroBatch, MicroBatchStream, StreamOptions};
+pub use stream::{HostAllocator, HostMemory, Latents, MicroBatch, MicroBatchStream, PlainMemory, StreamOptions};
 pub use writer::{LatentRow, LatentWriter, Row, WriterOptions, WrittenPart};

@@ -17,13 +17,14 @@ use crate::decode::RowBlock;
 use crate::draws::{Key, Purpose, fill_normal};
 use crate::fixed::add_posterior_noise;
 use crate::schedule::EpochOrder;
-use crate::{DataError, LaneSchedule, LatentDataset};
+use crate::{DataError, Dtype, LaneSchedule, LatentDataset};
 
-/// Buffers that are kept for reuse.
-const SPARE_BUFFERS: usize = 4;
+mod buffers;
+
+pub use buffers::{HostAllocator, HostMemory, Latents, PlainMemory};
 
 /// How latents become `x_start`, and how far to read ahead.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy)]
 pub struct StreamOptions {
     /// Most bytes of finished micro-batches that wait to be taken; one may always wait.
     pub prefetch_bytes: usize,
@@ -33,17 +34,19 @@ pub struct StreamOptions {
     pub scaling_factor: f64,
     /// Labels must lie in `0..num_classes`; `None` takes the metadata's number.
     pub num_classes: Option<usize>,
+    /// Where the memory of micro-batches comes from; [`PlainMemory`] unless a device wants page-locked memory.
+    pub allocator: &'static dyn HostAllocator,
 }
 
 /// What one lane reads at one step.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct MicroBatch {
     /// The step.
     pub step: u64,
     /// The lane.
     pub lane: usize,
-    /// Latents `[micro_batch, latent_shape…]`: flip and posterior sample drawn, scaled.
-    pub x_start: Vec<f32>,
+    /// Latents `[micro_batch, latent_shape…]`: flip and posterior sample drawn.
+    pub x_start: Latents,
     /// Classes `[micro_batch]`.
     pub labels: Vec<i64>,
     /// Data set row numbers `[micro_batch]`.
@@ -71,7 +74,8 @@ struct Shared {
 struct State {
     ready: VecDeque<Result<MicroBatch, DataError>>,
     ready_bytes: usize,
-    spare: Vec<Vec<f32>>,
+    /// Given back; never more than were in use at the same time.
+    spare: Vec<MicroBatch>,
     /// The consumer has gone.
     stopped: bool,
     /// The producer has gone.
@@ -130,6 +134,7 @@ impl MicroBatchStream {
             stopped,
             epoch: None,
             noise: Vec::new(),
+            logvar: Vec::new(),
         };
         let thread = std::thread::Builder::new().name("latents-reader".into()).spawn({
             let (shared, name) = (shared.clone(), name.clone());
@@ -176,10 +181,7 @@ impl MicroBatchStream {
 
     /// Gives a used micro-batch's memory back for a later one.
     pub fn recycle(&mut self, batch: MicroBatch) {
-        let mut state = self.shared.lock();
-        if state.spare.len() < SPARE_BUFFERS {
-            state.spare.push(batch.x_start);
-        }
+        self.shared.lock().spare.push(batch);
     }
 }
 
@@ -208,7 +210,7 @@ fn finish(shared: &Shared, outcome: Result<Result<(), DataError>, Box<dyn Any + 
 }
 
 fn bytes_of(batch: &MicroBatch) -> usize {
-    size_of_val(&batch.x_start[..]) + size_of_val(&batch.labels[..]) + size_of_val(&batch.rows[..])
+    batch.x_start.bytes().len() + size_of_val(&batch.labels[..]) + size_of_val(&batch.rows[..])
 }
 
 /// The background thread.
@@ -221,6 +223,7 @@ struct Producer {
     stopped: watch::Receiver<bool>,
     epoch: Option<EpochOrder>,
     noise: Vec<f32>,
+    logvar: Vec<f32>,
 }
 
 struct LaneReader {
@@ -245,7 +248,7 @@ impl Producer {
                 if !self.load(step, reader)? {
                     return Ok(());
                 }
-                let batch = self.assemble(step, reader);
+                let batch = self.assemble(step, reader)?;
                 if !self.hand_over(batch) {
                     return Ok(());
                 }
@@ -287,25 +290,45 @@ impl Producer {
         Ok(true)
     }
 
+    /// Memory for a micro-batch: one that was given back, or new.
+    fn buffer(&self, step: u64, lane: usize) -> Result<MicroBatch, DataError> {
+        let meta = self.dataset.meta();
+        let numel = self.schedule.options().micro_batch * self.dataset.latent_numel();
+        let scale = self.options.scaling_factor as f32;
+        let (dtype, scale) = if meta.moments { (Dtype::F32, 1.0) } else { (meta.dtype, scale) };
+        let (spare, mut labels, mut rows) = match self.shared.lock().spare.pop() {
+            Some(MicroBatch { x_start, labels, rows, .. }) => (x_start.reuse(dtype, numel, scale), labels, rows),
+            None => (None, Vec::new(), Vec::new()),
+        };
+        labels.clear();
+        rows.clear();
+        let x_start = spare
+            .map_or_else(|| Latents::allocate(self.options.allocator, dtype, numel, scale), Ok)
+            .map_err(|reason| DataError::Request {
+                url: self.dataset.name().to_owned(),
+                reason: format!("no memory for a micro-batch: {reason}"),
+            })?;
+        Ok(MicroBatch { step, lane, x_start, labels, rows })
+    }
+
     /// Makes a micro-batch of loaded rows: a pure function of the rows, the seed, the step and the lane.
-    fn assemble(&mut self, step: u64, reader: usize) -> MicroBatch {
+    fn assemble(&mut self, step: u64, reader: usize) -> Result<MicroBatch, DataError> {
         let LaneReader { lane, windows } = &self.readers[reader];
+        let mut batch = self.buffer(step, *lane)?;
         let (numel, micro_batch, meta) =
             (self.dataset.latent_numel(), self.schedule.options().micro_batch, self.dataset.meta());
         let key = |purpose| Key::new(self.schedule.options().seed, purpose, step).lane(*lane);
         let scale = self.options.scaling_factor as f32;
-        let mut x_start = self.shared.lock().spare.pop().unwrap_or_default();
-        // A recycled buffer's numbers are all overwritten below.
-        x_start.resize(micro_batch * numel, 0.0);
         let mut eps = std::mem::take(&mut self.noise);
+        let mut logvar = std::mem::take(&mut self.logvar);
         if meta.moments {
             eps.resize(micro_batch * numel, 0.0);
+            logvar.resize(numel, 0.0);
             fill_normal(key(Purpose::Posterior), &mut eps);
         }
         let mut flips = key(Purpose::Flip).rng();
-        let mut logvar = vec![0f32; if meta.moments { numel } else { 0 }];
         let columns_per_image = if meta.moments { 2 } else { 1 };
-        let (mut labels, mut rows) = (Vec::with_capacity(micro_batch), Vec::with_capacity(micro_batch));
+        let row_bytes = numel * batch.x_start.dtype().bytes();
         for (i, position) in self.schedule.positions(step).enumerate() {
             // `load` has brought the window of every position of this step.
             let Some(window) = windows.iter().find(|window| window.positions.contains(&position)) else {
@@ -314,19 +337,23 @@ impl Producer {
             let at = window.order[(position - window.positions.start) as usize] as usize;
             let flipped = self.options.flip && flips.next_u32() >> 31 == 1;
             let column = if flipped { columns_per_image } else { 0 };
-            let x = &mut x_start[i * numel..(i + 1) * numel];
-            window.block.latent(column, at, x);
-            if meta.moments {
-                window.block.latent(column + 1, at, &mut logvar);
-                add_posterior_noise(x, &logvar, &eps[i * numel..]);
+            match batch.x_start.f32_mut().filter(|_| meta.moments) {
+                None => {
+                    window.block.copy_stored(column, at, &mut batch.x_start.bytes_mut()[i * row_bytes..][..row_bytes])
+                }
+                Some(x_start) => {
+                    let x = &mut x_start[i * numel..][..numel];
+                    window.block.latent(column, at, x);
+                    window.block.latent(column + 1, at, &mut logvar);
+                    add_posterior_noise(x, &logvar, &eps[i * numel..]);
+                    x.iter_mut().for_each(|x| *x *= scale);
+                }
             }
-            x.iter_mut().for_each(|x| *x *= scale);
-            labels.push(window.block.labels()[at]);
-            rows.push(window.block.rows()[at]);
+            batch.labels.push(window.block.labels()[at]);
+            batch.rows.push(window.block.rows()[at]);
         }
-        let lane = *lane;
-        self.noise = eps;
-        MicroBatch { step, lane, x_start, labels, rows }
+        (self.noise, self.logvar) = (eps, logvar);
+        Ok(batch)
     }
 
     /// Queues a micro-batch once there is room; `false` if the consumer has gone.

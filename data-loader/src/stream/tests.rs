@@ -5,8 +5,30 @@ use super::*;
 use crate::testing::{FaultyStore, Mode, samples, write};
 use crate::{Columns, Dtype, RowRun, ScheduleOptions, WriterOptions};
 
-const OPTIONS: StreamOptions =
-    StreamOptions { prefetch_bytes: 1 << 20, flip: true, scaling_factor: 1.25, num_classes: Some(10) };
+const OPTIONS: StreamOptions = StreamOptions {
+    prefetch_bytes: 1 << 20,
+    flip: true,
+    scaling_factor: 1.25,
+    num_classes: Some(10),
+    allocator: &PlainMemory,
+};
+
+/// What a micro-batch says, to compare.
+#[derive(Clone, Debug, PartialEq)]
+struct Said {
+    step: u64,
+    lane: usize,
+    x_start: Vec<f32>,
+    labels: Vec<i64>,
+    rows: Vec<u64>,
+}
+
+impl Said {
+    fn by(batch: &MicroBatch) -> Self {
+        let MicroBatch { step, lane, x_start, labels, rows } = batch;
+        Self { step: *step, lane: *lane, x_start: x_start.to_f32(), labels: labels.clone(), rows: rows.clone() }
+    }
+}
 
 /// 150 rows in row groups of 40, four numbers each, with moments and mirrored moments.
 fn dataset(folder: &tempfile::TempDir) -> Arc<LatentDataset> {
@@ -23,20 +45,16 @@ fn schedule(dataset: &LatentDataset) -> LaneSchedule {
         .unwrap()
 }
 
-fn take(
-    dataset: &Arc<LatentDataset>,
-    lanes: Range<usize>,
-    steps: Range<u64>,
-    options: StreamOptions,
-) -> Vec<MicroBatch> {
+fn take(dataset: &Arc<LatentDataset>, lanes: Range<usize>, steps: Range<u64>, options: StreamOptions) -> Vec<Said> {
     let count = lanes.len() * (steps.end - steps.start) as usize;
     let mut stream =
         MicroBatchStream::start(dataset.clone(), schedule(dataset), lanes, steps.start, steps.end, options).unwrap();
     let batches = (0..count)
         .map(|_| {
             let batch = stream.next().unwrap();
-            stream.recycle(batch.clone());
-            batch
+            let said = Said::by(&batch);
+            stream.recycle(batch);
+            said
         })
         .collect();
     assert!(matches!(stream.next(), Err(DataError::EndOfStream { end_step }) if end_step == steps.end));

@@ -7,8 +7,8 @@ use crate::report::Report;
 use crate::tolerance::Tolerance;
 use collective::single::SingleCollective;
 use configs::lanes::LaneBlock;
-use data_loader::MicroBatch;
 use data_loader::draws::Key;
+use data_loader::{Latents, MicroBatch};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -182,7 +182,8 @@ impl<'b> Recording<'b> {
         for (index, batch) in self.batches.iter().enumerate() {
             let step = index as u64 + 1;
             let mut next_batch = || {
-                let x_start = values(&batch.x_start).into_iter().map(|value| value as f32).collect();
+                let x_start: Vec<f32> = values(&batch.x_start).into_iter().map(|value| value as f32).collect();
+                let x_start = Latents::from(&x_start[..]);
                 Ok(MicroBatch { step, lane: 0, x_start, labels: batch.labels.clone(), rows: Vec::new() })
             };
             let report = stepper.step(step, &mut next_batch, 0).map_err(|error| failed(&error))?;

@@ -63,20 +63,16 @@ pub fn draws(args: &DrawsArgs) -> Result<()> {
     let (dataset, recipe) = open_data(&config)?;
     let model = recipe.build_model()?;
     let block = LaneBlock::of(0, 1, config.train.lanes)?;
-    let (batches, _) = open_stream(&config, &recipe, Arc::new(dataset), block, 0)?;
+    let experiment = Experiment { seed: config.seed, lanes: config.train.lanes, block, device: Device::Cpu };
+    let (batches, _) = open_stream(&config, &recipe, Arc::new(dataset), &experiment, 0)?;
 
     let out = |name: &str| args.out.join(name);
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
     let record = serde_json::to_string_pretty(&recipe.record(&config))?;
     std::fs::write(out("config.json"), record).with_context(|| format!("writing {}", out("config.json").display()))?;
     write_weights(&out("initial.safetensors"), &initial_weights(&config, &recipe, &*model)?, Dtype::F32)?;
-    let mut drawer = Drawer {
-        experiment: Experiment { seed: config.seed, lanes: config.train.lanes, block, device: Device::Cpu },
-        global_batch: config.global_batch(),
-        objective: recipe.build_objective(),
-        model,
-        batches,
-    };
+    let mut drawer =
+        Drawer { experiment, global_batch: config.global_batch(), objective: recipe.build_objective(), model, batches };
     for first in (1..=steps).step_by(args.steps_per_file as usize) {
         let last = (first + args.steps_per_file - 1).min(steps);
         drawer.write(last - first + 1, &out(&format!("draws-{first:08}-{last:08}.safetensors")))?;
@@ -115,6 +111,8 @@ impl Drawer {
             let batch = self.batches.next()?;
             let (clean, of_batch) = self.experiment.input(&*self.model, &batch);
             let noised = self.objective.noise(clean, self.experiment.seed, batch.step, batch.lane);
+            // The CPU has copied it.
+            self.batches.recycle(batch);
             x_start.extend(encode(&to_vec(&noised.x_start)?, Dtype::F32));
             noise.extend(encode(&to_vec(&noised.noise)?, Dtype::F32));
             labels.extend(Vec::<i64>::try_from(&of_batch)?.into_iter().flat_map(i64::to_le_bytes));

@@ -13,7 +13,7 @@ use super::start::{Initialised, find_checkpoint, load_initial, record_origin};
 use super::stepper::{Experiment, Stepper};
 use super::stop::StopFlag;
 use super::validation::Validation;
-use crate::ffi;
+use crate::ffi::{self, batch_memory};
 use crate::recipe::Recipe;
 use crate::telemetry::Journal;
 use crate::validation::metric;
@@ -127,7 +127,7 @@ impl Rank {
         }
 
         let done = resumed_from.unwrap_or(0);
-        let data = open_stream(&config, &recipe, dataset, block, done);
+        let data = open_stream(&config, &recipe, dataset, &experiment, done);
         let (batches, steps_per_epoch) = agree(&*collective, data)?;
         let saver = Saver::start(collective.clone(), store, attempt, retention(&config))?;
         let journal = match collective.rank() {
@@ -221,7 +221,7 @@ pub(crate) fn open_stream(
     config: &RunConfig,
     recipe: &Recipe,
     dataset: Arc<LatentDataset>,
-    block: LaneBlock,
+    experiment: &Experiment,
     done: u64,
 ) -> Result<(MicroBatchStream, u64)> {
     let schedule = dataset.schedule(ScheduleOptions {
@@ -234,7 +234,9 @@ pub(crate) fn open_stream(
     let steps_per_epoch = schedule.steps_per_epoch();
     let prefetch_bytes = config.data.prefetch_bytes as usize;
     let (scaling_factor, num_classes) = (recipe.dataset.scaling_factor, Some(recipe.model.num_classes as usize));
-    let options = StreamOptions { prefetch_bytes, flip: config.data.flip, scaling_factor, num_classes };
-    let stream = MicroBatchStream::start(dataset, schedule, block.range(), done, config.train.steps, options)?;
+    let (flip, allocator) = (config.data.flip, batch_memory(experiment.device));
+    let options = StreamOptions { prefetch_bytes, flip, scaling_factor, num_classes, allocator };
+    let stream =
+        MicroBatchStream::start(dataset, schedule, experiment.block.range(), done, config.train.steps, options)?;
     Ok((stream, steps_per_epoch))
 }

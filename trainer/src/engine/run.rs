@@ -46,7 +46,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
     }
     for step in rank.resumed_from.unwrap_or(0) + 1..=steps {
         let signal = if rank.stop.is_raised() { STOP } else { 0 } | rank.saver.signal();
-        let report = rank.stepper.step(step, &mut || rank.batches.next(), signal)?;
+        let report = rank.stepper.step(step, &mut rank.batches, signal)?;
         let stop = report.signals.iter().any(|signal| signal & STOP != 0);
         let due = |every: u64| every > 0 && (step % every == 0 || step == steps);
 

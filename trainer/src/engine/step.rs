@@ -4,11 +4,38 @@ use super::stepper::{StepError, StepReport, Stepper};
 use super::tape::{Backward, Tape};
 use crate::ffi;
 use crate::model::Flow;
-use data_loader::{DataError, MicroBatch};
+use data_loader::{DataError, MicroBatch, MicroBatchStream};
 use std::time::{Duration, Instant};
 
-/// Where a rank's micro-batches come from, in the order (step, lane).
-pub type NextBatch<'a> = &'a mut dyn FnMut() -> Result<MicroBatch, DataError>;
+/// Where a rank's micro-batches come from.
+pub trait Batches {
+    /// The next one, in the order (step, lane).
+    ///
+    /// # Errors
+    /// As [`MicroBatchStream::next`].
+    fn next(&mut self) -> Result<MicroBatch, DataError>;
+
+    /// Takes the memory of one back; no device reads it any more.
+    fn recycle(&mut self, batch: MicroBatch);
+}
+
+impl Batches for MicroBatchStream {
+    fn next(&mut self) -> Result<MicroBatch, DataError> {
+        MicroBatchStream::next(self)
+    }
+
+    fn recycle(&mut self, batch: MicroBatch) {
+        MicroBatchStream::recycle(self, batch);
+    }
+}
+
+impl<F: FnMut() -> Result<MicroBatch, DataError>> Batches for F {
+    fn next(&mut self) -> Result<MicroBatch, DataError> {
+        self()
+    }
+
+    fn recycle(&mut self, _: MicroBatch) {}
+}
 
 impl Stepper {
     /// Makes step `step` (which counts from 1) over this rank's lanes, one after the other. Every rank learns every
@@ -16,12 +43,13 @@ impl Stepper {
     ///
     /// # Errors
     /// [`StepError`]; nothing was updated then.
-    pub fn step(&mut self, step: u64, next_batch: NextBatch, signal: u32) -> Result<StepReport, StepError> {
+    pub fn step(&mut self, step: u64, batches: &mut dyn Batches, signal: u32) -> Result<StepReport, StepError> {
         let mut data_wait = Duration::ZERO;
         let mut losses = Vec::with_capacity(self.experiment.block.len);
+        let mut used = Vec::with_capacity(self.experiment.block.len);
         for lane in self.experiment.block.range() {
             let asked = Instant::now();
-            let batch = self.data(step, next_batch())?;
+            let batch = self.data(step, batches.next())?;
             data_wait += asked.elapsed();
 
             let (x_start, labels) = self.experiment.input(&*self.model, &batch);
@@ -33,10 +61,13 @@ impl Stepper {
             let output_grad = self.torch(step, "loss", ffi::grad_of_scalar(&loss.total, &output))?;
             self.backward(step, tape.into_backward(output_grad))?;
             losses.push(loss);
+            used.push(batch);
         }
         let grads = self.reducer.finish(&*self.collective);
         let grads = self.wire(step, "reduce", grads)?;
         let report = self.agree(step, &losses, &grads, data_wait, signal)?;
+        // `agree` has waited for the device.
+        used.into_iter().for_each(|batch| batches.recycle(batch));
         let updated = self.optimizer.update(&self.buckets.0, &grads, step, report.grad_norm);
         self.torch(step, "update", updated)?;
         let gathering = self.gather_weights();

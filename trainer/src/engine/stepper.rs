@@ -5,7 +5,7 @@ use super::optimizer::Optimizer;
 use super::reducer::Reducer;
 use super::tree::{LaneSum, sum_lanes};
 use crate::diffusion::{LossTerms, Objective};
-use crate::ffi::{TorchError, region};
+use crate::ffi::{TorchError, region, upload};
 use crate::model::{Model, WeightSet};
 use collective::{Collective, CollectiveError, Pending};
 use configs::lanes::LaneBlock;
@@ -32,13 +32,13 @@ pub struct Experiment {
 }
 
 impl Experiment {
-    /// A micro-batch as `model` takes it, on the device: the labels that this lane drops are null labels.
+    /// A micro-batch as `model` takes it, on the device: the labels that this lane drops are null labels. A GPU may still
+    /// read `batch` on return.
     ///
     /// # Shapes
     /// x_start [micro_batch, C, H, W], labels `[micro_batch]`.
     pub fn input(&self, model: &dyn Model, batch: &MicroBatch) -> (Tensor, Tensor) {
-        let shape: Vec<i64> = std::iter::once(-1).chain(model.latent_shape().iter().copied()).collect();
-        let x_start = Tensor::from_slice(&batch.x_start).view(shape.as_slice()).to_device(self.device);
+        let x_start = upload(&batch.x_start, model.latent_shape(), self.device);
         let mut labels = batch.labels.clone();
         if let (Some(null_label), Ok(dropout)) = (model.null_label(), Bernoulli::new(model.label_dropout())) {
             let mut rng = Key::new(self.seed, Purpose::LabelDrop, batch.step).lane(batch.lane).rng();

@@ -1,5 +1,9 @@
 //! What `tch` lacks, through a small C++ file over the same libtorch. The only `unsafe` code on tensors.
 
+mod host;
+
+pub use host::{batch_memory, upload};
+
 use collective::{Dtype, Region};
 use std::ffi::{CStr, c_char};
 use tch::{Kind, Tensor};
