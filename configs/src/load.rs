@@ -168,6 +168,7 @@ fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
             latent_flipped: r.text("data.columns.latent_flipped", &names.latent_flipped),
             label: r.text("data.columns.label", &names.label),
             id: r.text("data.columns.id", &names.id),
+            shape: r.text("data.columns.shape", &names.shape),
         },
         flip: r.boolean("data.flip", false),
         scaling_factor: r.optional_float("data.scaling_factor", POSITIVE),

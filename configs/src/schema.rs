@@ -106,6 +106,17 @@ pub struct Columns {
     pub label: String,
     /// Identity of the sample.
     pub id: String,
+    /// Shape of the sample's latents, where rows have shapes of their own.
+    #[serde(default = "shape_column", skip_serializing_if = "is_shape_column")]
+    pub shape: String,
+}
+
+fn shape_column() -> String {
+    "shape".to_owned()
+}
+
+fn is_shape_column(name: &String) -> bool {
+    *name == shape_column()
 }
 
 impl Default for Columns {
@@ -117,6 +128,7 @@ impl Default for Columns {
             latent_flipped: "latent_flipped".to_owned(),
             label: "label".to_owned(),
             id: "id".to_owned(),
+            shape: shape_column(),
         }
     }
 }

@@ -6,14 +6,16 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use object_store::ObjectStore;
+use tokio::sync::OnceCell;
 
 use crate::Columns;
-use crate::decode::{RowBlock, first_lengths};
 use crate::footer::{Footer, SHAPE, VAE_DIGEST};
-use crate::form::{Dtype, Form, Leaf, Stored, shape_numel};
+use crate::form::{Dtype, Stored};
+use crate::layout::{needs_first_row, settle};
 use crate::read::Io;
+use crate::shapes::template_text;
 use crate::source::Location;
-use crate::{DataError, LaneSchedule, ScheduleOptions};
+use crate::{DataError, LaneSchedule, RowBlock, RowShapes, ScheduleOptions, Shapes};
 
 /// Footers that are fetched at the same time.
 const FOOTERS_AT_ONCE: usize = 16;
@@ -21,7 +23,10 @@ const FOOTERS_AT_ONCE: usize = 16;
 /// What a data set says about itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DatasetMeta {
-    /// Shape of one latent: `[channels, height, width]`.
+    /// Whether all rows have one shape.
+    pub shapes: Shapes,
+    /// Shape of one latent: `[channels, height, width]`, or `[channels, frames, height, width]` for video; empty where rows have
+    /// shapes of their own.
     pub latent_shape: Vec<usize>,
     /// What stored latents are multiplied by before the model sees them.
     pub scaling_factor: Option<f64>,
@@ -35,7 +40,7 @@ pub struct DatasetMeta {
     pub moments: bool,
     /// Whether the mirrored image's latents are stored too.
     pub flipped: bool,
-    /// Bytes of all stored latent numbers of one row.
+    /// Bytes of all stored latent numbers of one row; 0 where rows have shapes of their own.
     pub row_bytes: usize,
     /// The number type of the (first) latent column.
     pub dtype: Dtype,
@@ -66,6 +71,9 @@ pub struct LatentDataset {
     pub(crate) files: Vec<Footer>,
     row_groups: Vec<RowGroup>,
     pub(crate) stored: Vec<Stored>,
+    has_shape_column: bool,
+    /// Read when first asked for; there from the start where all rows have one shape.
+    pub(crate) row_shapes: OnceCell<Arc<RowShapes>>,
     pub(crate) io: Io,
 }
 
@@ -117,6 +125,7 @@ impl LatentDataset {
         };
         let mut dataset = Self {
             meta: DatasetMeta {
+                shapes: Shapes::Same,
                 latent_shape: Vec::new(),
                 scaling_factor: first.scaling_factor()?,
                 num_classes: first.num_classes()?,
@@ -134,59 +143,27 @@ impl LatentDataset {
             files,
             row_groups,
             stored: Vec::new(),
+            has_shape_column: false,
+            row_shapes: OnceCell::new(),
             io,
         };
-        dataset.settle_shape()?;
+        dataset.settle_layout()?;
         Ok(dataset)
     }
 
-    /// Settles the shape and the layout of each latent column, looking at the first row where the types leave it open.
-    fn settle_shape(&mut self) -> Result<(), DataError> {
+    fn settle_layout(&mut self) -> Result<(), DataError> {
         let first = &self.files[0];
-        let bytes_dtype = first.dtype()?;
-        let open = |form: &Form| form.levels.iter().any(Option::is_none) || form.leaf == Leaf::Bytes(None);
-        let first_row = if first.latents.iter().any(|(_, form)| open(form)) { Some(self.first_row()?) } else { None };
-        let lengths = |name: &str, form: &Form| match &first_row {
-            Some(batch) => batch.column_by_name(name).map(first_lengths).unwrap_or_default(),
-            None => form.levels.iter().copied().flatten().collect(),
-        };
-        let (name, form) = &first.latents[0];
-        let shape = match first.shape()? {
-            Some(shape) => shape,
-            None if form.levels.len() < 2 => {
-                let reason = format!(
-                    "is absent, and column `{name}` is {form}, which does not tell the shape; write it as a JSON array such as [4,32,32]"
-                );
-                return Err(DataError::Metadata { file: first.file.name.clone(), key: SHAPE.into(), reason });
-            }
-            None => {
-                let shape = lengths(name, form);
-                if shape.len() != form.levels.len() || shape_numel(&shape).is_none() {
-                    let reason = format!(
-                        "is absent, and the first row of column `{name}` has lists of lengths {shape:?}; expected {} positive lengths",
-                        form.levels.len()
-                    );
-                    return Err(DataError::Metadata { file: first.file.name.clone(), key: SHAPE.into(), reason });
-                }
-                shape
-            }
-        };
-        let mut stored = Vec::new();
-        for (name, form) in &first.latents {
-            let first_len_bytes = if form.levels.is_empty() { lengths(name, form).first().copied() } else { None };
-            let column = Stored::resolve(name, form, &shape, bytes_dtype, first_len_bytes).map_err(|reason| {
-                DataError::Metadata {
-                    file: first.file.name.clone(),
-                    key: SHAPE.into(),
-                    reason: format!("column `{name}` {reason}"),
-                }
-            })?;
-            stored.push(column);
+        let first_row = if needs_first_row(first) { Some(self.first_row()?) } else { None };
+        let layout = settle(first, first_row.as_ref(), &self.columns.shape, false)?;
+        self.meta.dtype = layout.stored[0].dtype;
+        self.meta.row_bytes = layout.stored.iter().map(|column| column.numel * column.dtype.bytes()).sum();
+        if layout.shapes == Shapes::Same {
+            self.row_shapes = OnceCell::new_with(Some(Arc::new(RowShapes::all_same(layout.shape.clone()))));
         }
-        self.meta.dtype = stored[0].dtype;
-        self.meta.row_bytes = stored.iter().map(|column| column.numel * column.dtype.bytes()).sum();
-        self.meta.latent_shape = shape;
-        self.stored = stored;
+        self.meta.shapes = layout.shapes;
+        self.meta.latent_shape = layout.shape;
+        self.stored = layout.stored;
+        self.has_shape_column = layout.has_shape_column;
         Ok(())
     }
 
@@ -200,7 +177,29 @@ impl LatentDataset {
         &self.name
     }
 
-    /// Numbers in one latent.
+    /// Whether [`Columns::shape`] says the shapes of the rows.
+    pub(crate) fn has_shape_column(&self) -> bool {
+        self.has_shape_column
+    }
+
+    /// Refuses a data set whose rows have shapes of their own; `what` needs one shape.
+    ///
+    /// # Errors
+    /// [`DataError::Request`].
+    pub fn require_one_shape(&self, what: &str) -> Result<(), DataError> {
+        let Shapes::Variable(dims) = &self.meta.shapes else { return Ok(()) };
+        let told = match self.has_shape_column {
+            true => format!("column `{}`", self.columns.shape),
+            false => format!("metadata key `{SHAPE}`"),
+        };
+        let reason = format!(
+            "rows have shapes of their own ({} by {told}), but {what} takes one; write the one shape as `{SHAPE}` if all rows have it, or name another column as `data.columns.shape`",
+            template_text(dims)
+        );
+        Err(DataError::Request { url: self.name.clone(), reason })
+    }
+
+    /// Numbers in one latent; 0 where rows have shapes of their own.
     pub fn latent_numel(&self) -> usize {
         self.stored[0].numel
     }

@@ -3,114 +3,11 @@
 use arrow::array::{Array, ArrayRef, AsArray};
 use arrow::buffer::{Buffer, ScalarBuffer};
 use arrow::compute::{CastOptions, cast, cast_with_options};
-use arrow::datatypes::{DataType, Float16Type, Float32Type, Int64Type};
-use bytemuck::cast_slice;
-use half::slice::HalfFloatSliceExt;
+use arrow::datatypes::{DataType, Field, Float16Type, Float32Type, Float64Type, Int64Type};
 use half::{bf16, f16};
 
-use crate::form::{Dtype, Stored};
-
-/// Latents in the precision in which they are stored.
-#[derive(Clone, Debug)]
-pub(crate) enum Numbers {
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-    F32(Vec<f32>),
-}
-
-impl Numbers {
-    pub fn zeros(dtype: Dtype, numel: usize) -> Self {
-        match dtype {
-            Dtype::F16 => Self::F16(vec![f16::ZERO; numel]),
-            Dtype::Bf16 => Self::Bf16(vec![bf16::ZERO; numel]),
-            Dtype::F32 => Self::F32(vec![0.0; numel]),
-        }
-    }
-
-    /// Widens `out.len()` numbers from `start` on.
-    pub fn widen(&self, start: usize, out: &mut [f32]) {
-        let range = start..start + out.len();
-        match self {
-            Self::F16(numbers) => numbers[range].convert_to_f32_slice(out),
-            Self::Bf16(numbers) => numbers[range].convert_to_f32_slice(out),
-            Self::F32(numbers) => out.copy_from_slice(&numbers[range]),
-        }
-    }
-
-    /// The bytes of all numbers.
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::F16(numbers) => cast_slice(numbers.reinterpret_cast()),
-            Self::Bf16(numbers) => cast_slice(numbers.reinterpret_cast()),
-            Self::F32(numbers) => cast_slice(numbers),
-        }
-    }
-}
-
-/// Decoded rows: latents as stored, labels, row numbers.
-///
-/// Latent columns are numbered in the order: value or mean, log-variance (with moments), then the same of the mirrored
-/// image (where stored).
-#[derive(Clone, Debug)]
-pub struct RowBlock {
-    pub(crate) numel: usize,
-    pub(crate) rows: Vec<u64>,
-    pub(crate) labels: Vec<i64>,
-    pub(crate) latents: Vec<Numbers>,
-    pub(crate) ids: Vec<String>,
-}
-
-impl RowBlock {
-    pub(crate) fn zeros(stored: &[Stored], rows: Vec<u64>, with_ids: bool) -> Self {
-        let count = rows.len();
-        Self {
-            numel: stored[0].numel,
-            labels: vec![0; count],
-            latents: stored.iter().map(|column| Numbers::zeros(column.dtype, count * column.numel)).collect(),
-            ids: if with_ids { vec![String::new(); count] } else { Vec::new() },
-            rows,
-        }
-    }
-
-    /// Rows in the block.
-    pub fn len(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// Whether the block has no row.
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
-
-    /// The data set row numbers.
-    pub fn rows(&self) -> &[u64] {
-        &self.rows
-    }
-
-    /// The labels.
-    pub fn labels(&self) -> &[i64] {
-        &self.labels
-    }
-
-    /// Number of latent columns.
-    pub fn latent_columns(&self) -> usize {
-        self.latents.len()
-    }
-
-    /// Writes row `index` of latent column `column` to `out`, which has one latent's length.
-    ///
-    /// # Panics
-    /// If an index is out of range or `out` has another length.
-    pub fn latent(&self, column: usize, index: usize, out: &mut [f32]) {
-        assert_eq!(out.len(), self.numel, "`out` must hold one latent");
-        self.latents[column].widen(index * self.numel, out);
-    }
-
-    /// Copies row `index` of latent column `column` as stored, in this machine's byte order.
-    pub(crate) fn copy_stored(&self, column: usize, index: usize, out: &mut [u8]) {
-        out.copy_from_slice(&self.latents[column].bytes()[index * out.len()..][..out.len()]);
-    }
-}
+use crate::block::Numbers;
+use crate::form::{Dtype, Stored, shape_numel, without_views};
 
 /// What is wrong with a row of a batch.
 #[derive(Debug)]
@@ -119,6 +16,149 @@ pub(crate) struct BadRow {
     pub row: usize,
     pub found: String,
     pub expected: String,
+}
+
+/// The lengths that the rows of a batch must have, level by level; see [`Stored::dims_of`].
+pub(crate) enum Dims {
+    /// All rows.
+    Same(Vec<usize>),
+    /// Row by row.
+    Each(Vec<Vec<usize>>),
+}
+
+impl Dims {
+    fn of(&self, row: usize) -> &[usize] {
+        match self {
+            Self::Same(dims) => dims,
+            Self::Each(rows) => &rows[row],
+        }
+    }
+}
+
+/// One level of lists, or the bytes of binary values: where each begins and ends among the items.
+struct Level<'a> {
+    offsets: Offsets<'a>,
+    items: Items,
+}
+
+enum Offsets<'a> {
+    I32(&'a [i32]),
+    I64(&'a [i64]),
+    /// Lists of one length, and where the first begins.
+    Same(usize, usize),
+}
+
+enum Items {
+    Of(ArrayRef),
+    Bytes(Buffer),
+}
+
+impl<'a> Level<'a> {
+    /// `None` for what is neither list nor bytes. Views are cast away before, see [`without_views`].
+    fn of(array: &'a ArrayRef) -> Option<Self> {
+        let (offsets, items) = match array.data_type() {
+            DataType::List(_) => {
+                let lists = array.as_list::<i32>();
+                (Offsets::I32(lists.value_offsets()), Items::Of(lists.values().clone()))
+            }
+            DataType::LargeList(_) => {
+                let lists = array.as_list::<i64>();
+                (Offsets::I64(lists.value_offsets()), Items::Of(lists.values().clone()))
+            }
+            DataType::FixedSizeList(_, length) => {
+                let lists = array.as_fixed_size_list();
+                let first = if lists.is_empty() { 0 } else { lists.value_offset_at(0) };
+                (Offsets::Same(*length as usize, first), Items::Of(lists.values().clone()))
+            }
+            DataType::Binary => {
+                let bytes = array.as_binary::<i32>();
+                (Offsets::I32(bytes.value_offsets()), Items::Bytes(bytes.values().clone()))
+            }
+            DataType::LargeBinary => {
+                let bytes = array.as_binary::<i64>();
+                (Offsets::I64(bytes.value_offsets()), Items::Bytes(bytes.values().clone()))
+            }
+            DataType::FixedSizeBinary(length) => {
+                let bytes = array.as_fixed_size_binary();
+                (Offsets::Same(*length as usize, 0), Items::Bytes(bytes.values().clone()))
+            }
+            _ => return None,
+        };
+        Some(Self { offsets, items })
+    }
+
+    fn start(&self, at: usize) -> usize {
+        match self.offsets {
+            // Arrow's offsets are checked to be positive and to rise.
+            Offsets::I32(offsets) => offsets[at] as usize,
+            Offsets::I64(offsets) => offsets[at] as usize,
+            Offsets::Same(length, first) => first + at * length,
+        }
+    }
+
+    fn length(&self, at: usize) -> usize {
+        self.start(at + 1) - self.start(at)
+    }
+
+    /// The first of `count` lists from `start` on that is not `length` long, counted from `start`.
+    fn first_unlike(&self, start: usize, count: usize, length: usize) -> Option<usize> {
+        match self.offsets {
+            Offsets::I32(offsets) => {
+                offsets[start..=start + count].windows(2).position(|pair| (pair[1] - pair[0]) as usize != length)
+            }
+            Offsets::I64(offsets) => {
+                offsets[start..=start + count].windows(2).position(|pair| (pair[1] - pair[0]) as usize != length)
+            }
+            Offsets::Same(found, _) => (found != length && count > 0).then_some(0),
+        }
+    }
+}
+
+/// Which row of a batch a list or item of some level belongs to.
+enum Owners {
+    /// Every row has as many.
+    Same { per_row: usize, rows: usize },
+    /// The end of each row's.
+    Each(Vec<usize>),
+}
+
+impl Owners {
+    /// Of the rows themselves.
+    fn of(dims: &Dims, rows: usize) -> Self {
+        match dims {
+            Dims::Same(_) => Self::Same { per_row: 1, rows },
+            Dims::Each(_) => Self::Each((1..=rows).collect()),
+        }
+    }
+
+    fn total(&self) -> usize {
+        match self {
+            Self::Same { per_row, rows } => per_row * rows,
+            Self::Each(ends) => ends.last().copied().unwrap_or(0),
+        }
+    }
+
+    fn row_of(&self, item: usize) -> usize {
+        match self {
+            Self::Same { per_row, .. } => item / per_row,
+            Self::Each(ends) => ends.partition_point(|end| *end <= item),
+        }
+    }
+
+    /// Of what is in the lists of level `depth`, which have the lengths `dims`.
+    fn below(self, dims: &Dims, depth: usize) -> Self {
+        match self {
+            Self::Same { per_row, rows } => Self::Same { per_row: per_row * dims.of(0)[depth], rows },
+            Self::Each(mut ends) => {
+                let (mut before, mut end) = (0, 0);
+                for (row, at) in ends.iter_mut().enumerate() {
+                    end += (*at - before) * dims.of(row)[depth];
+                    before = std::mem::replace(at, end);
+                }
+                Self::Each(ends)
+            }
+        }
+    }
 }
 
 /// All latents of a batch, one after the other; shares the batch's memory.
@@ -130,43 +170,40 @@ pub(crate) enum Flat {
 }
 
 impl Flat {
-    /// Checks every row of a batch's column against its layout.
-    pub fn of(array: &ArrayRef, column: &Stored) -> Result<Self, BadRow> {
-        if column.dims.is_empty() { Self::of_bytes(array, column) } else { Self::of_lists(array, column) }
-    }
-
-    fn of_lists(array: &ArrayRef, column: &Stored) -> Result<Self, BadRow> {
-        let wrong = |row: usize, found: String| BadRow { row, found, expected: column.describe() };
-        let (mut at, mut start, mut count, mut per_row) = (array.clone(), 0, array.len(), 1);
-        for &dim in &column.dims {
-            refuse_nulls(&at, start, count, per_row, &column.describe())?;
-            // Lists lie one behind the other, so lists of one length make one contiguous stretch of items.
-            let found_length = |row: usize, length: usize| wrong(row / per_row, format!("a list of {length}"));
-            let (first, items) = match at.data_type() {
-                DataType::FixedSizeList(_, length) => {
-                    if *length as usize != dim {
-                        return Err(found_length(0, *length as usize));
-                    }
-                    let lists = at.as_fixed_size_list();
-                    (lists.value_offset_at(start), lists.values().clone())
-                }
-                DataType::List(_) => {
-                    let lists = at.as_list::<i32>();
-                    uniform(&lists.value_offsets()[start..=start + count], dim)
-                        .map_err(|(row, length)| found_length(row, length))?;
-                    (lists.value_offsets()[start] as usize, lists.values().clone())
-                }
-                DataType::LargeList(_) => {
-                    let lists = at.as_list::<i64>();
-                    uniform(&lists.value_offsets()[start..=start + count], dim)
-                        .map_err(|(row, length)| found_length(row, length))?;
-                    (lists.value_offsets()[start] as usize, lists.values().clone())
-                }
-                other => return Err(wrong(0, format!("a {other}"))),
+    /// Checks every row of a batch's column against the lengths it must have.
+    pub fn of(array: &ArrayRef, column: &Stored, dims: &Dims) -> Result<Self, BadRow> {
+        let wrong = |row: usize, found: String| BadRow { row, found, expected: column.describe(dims.of(row)) };
+        let (mut at, mut start, mut owners) = (without_view(array)?, 0, Owners::of(dims, array.len()));
+        let refuse_null = |at: &ArrayRef, start: usize, owners: &Owners| match first_null(at, start, owners.total()) {
+            Some(null) => Err(wrong(owners.row_of(null), "null".into())),
+            None => Ok(()),
+        };
+        for depth in 0..column.levels.max(1) {
+            refuse_null(&at, start, &owners)?;
+            let Some(level) = Level::of(&at) else {
+                return Err(wrong(0, format!("a {}", at.data_type())));
             };
-            (at, start, count, per_row) = (items, first, count * dim, per_row * dim);
+            // Lists lie one behind the other, so lists of known lengths make one contiguous stretch of items.
+            let unlike = match dims {
+                Dims::Same(dims) => level.first_unlike(start, owners.total(), dims[depth]),
+                Dims::Each(rows) => {
+                    (0..owners.total()).find(|list| level.length(start + list) != rows[owners.row_of(*list)][depth])
+                }
+            };
+            if let Some(list) = unlike {
+                let length = level.length(start + list);
+                let found = if column.levels == 0 { format!("{length} bytes") } else { format!("a list of {length}") };
+                return Err(wrong(owners.row_of(list), found));
+            }
+            start = level.start(start);
+            owners = owners.below(dims, depth);
+            at = match level.items {
+                Items::Of(items) => items,
+                Items::Bytes(bytes) => return Ok(Self::Bytes(bytes.slice_with_length(start, owners.total()))),
+            };
         }
-        refuse_nulls(&at, start, count, per_row, &column.describe())?;
+        refuse_null(&at, start, &owners)?;
+        let count = owners.total();
         match (at.data_type(), column.dtype) {
             (DataType::Float16, Dtype::F16) => {
                 Ok(Self::F16(at.as_primitive::<Float16Type>().values().slice(start, count)))
@@ -174,40 +211,20 @@ impl Flat {
             (DataType::Float32, Dtype::F32) => {
                 Ok(Self::F32(at.as_primitive::<Float32Type>().values().slice(start, count)))
             }
+            (DataType::Float64, Dtype::F32) => {
+                let numbers = &at.as_primitive::<Float64Type>().values()[start..start + count];
+                let too_large = |number: &f64| number.is_finite() && (*number as f32).is_infinite();
+                match numbers.iter().position(too_large) {
+                    None => Ok(Self::F32(numbers.iter().map(|number| *number as f32).collect())),
+                    Some(item) => Err(BadRow {
+                        row: owners.row_of(item),
+                        found: numbers[item].to_string(),
+                        expected: "numbers within the range of float32".into(),
+                    }),
+                }
+            }
             (other, _) => Err(wrong(0, format!("of {other}"))),
         }
-    }
-
-    fn of_bytes(array: &ArrayRef, column: &Stored) -> Result<Self, BadRow> {
-        let wrong = |row: usize, found: String| BadRow { row, found, expected: column.describe() };
-        refuse_nulls(array, 0, array.len(), 1, &column.describe())?;
-        let row_bytes = column.numel * column.dtype.bytes();
-        let found_length = |(row, length): (usize, usize)| wrong(row, format!("{length} bytes"));
-        let (start, data) = match array.data_type() {
-            DataType::FixedSizeBinary(length) => {
-                if *length as usize != row_bytes {
-                    return Err(found_length((0, *length as usize)));
-                }
-                let bytes = array.as_fixed_size_binary();
-                (0, bytes.values().clone())
-            }
-            DataType::Binary => {
-                let bytes = array.as_binary::<i32>();
-                uniform(bytes.value_offsets(), row_bytes).map_err(found_length)?;
-                (bytes.value_offsets()[0] as usize, bytes.values().clone())
-            }
-            DataType::LargeBinary => {
-                let bytes = array.as_binary::<i64>();
-                uniform(bytes.value_offsets(), row_bytes).map_err(found_length)?;
-                (bytes.value_offsets()[0] as usize, bytes.values().clone())
-            }
-            DataType::BinaryView => {
-                let plain = cast(array, &DataType::LargeBinary).map_err(|error| wrong(0, error.to_string()))?;
-                return Self::of_bytes(&plain, column);
-            }
-            other => return Err(wrong(0, format!("a {other}"))),
-        };
-        Ok(Self::Bytes(data.slice_with_length(start, array.len() * row_bytes)))
     }
 
     /// Copies `numel` numbers from `from` on to `out` at `to`.
@@ -241,33 +258,31 @@ fn fill<T, const N: usize>(bytes: &[u8], out: &mut [T], from_le_bytes: fn([u8; N
     }
 }
 
-/// `Err` with the first stretch between neighbouring offsets that is not `length` long.
-fn uniform<O: Copy + TryInto<usize> + std::ops::Sub<Output = O>>(
-    offsets: &[O],
-    length: usize,
-) -> Result<(), (usize, usize)> {
-    for (row, pair) in offsets.windows(2).enumerate() {
-        let found = (pair[1] - pair[0]).try_into().unwrap_or(usize::MAX);
-        if found != length {
-            return Err((row, found));
-        }
+/// The array with its items in order; the same memory if there is no view in it.
+fn without_view(array: &ArrayRef) -> Result<ArrayRef, BadRow> {
+    let plain = without_views(array.data_type());
+    if plain == *array.data_type() {
+        return Ok(array.clone());
     }
-    Ok(())
+    cast(array, &plain).map_err(|error| BadRow { row: 0, found: error.to_string(), expected: plain.to_string() })
 }
 
-fn refuse_nulls(array: &ArrayRef, start: usize, count: usize, per_row: usize, expected: &str) -> Result<(), BadRow> {
-    let Some(nulls) = array.logical_nulls().filter(|nulls| nulls.null_count() > 0) else {
-        return Ok(());
-    };
-    match (start..start + count).find(|&at| nulls.is_null(at)) {
+/// The first null of `count` values from `start` on, counted from `start`.
+fn first_null(array: &ArrayRef, start: usize, count: usize) -> Option<usize> {
+    let nulls = array.logical_nulls().filter(|nulls| nulls.null_count() > 0)?;
+    (0..count).find(|at| nulls.is_null(start + at))
+}
+
+fn refuse_nulls(array: &ArrayRef, expected: &str) -> Result<(), BadRow> {
+    match first_null(array, 0, array.len()) {
+        Some(row) => Err(BadRow { row, found: "null".into(), expected: expected.into() }),
         None => Ok(()),
-        Some(at) => Err(BadRow { row: (at - start) / per_row, found: "null".into(), expected: expected.into() }),
     }
 }
 
 /// The labels of a batch.
 pub(crate) fn labels(array: &ArrayRef) -> Result<Vec<i64>, BadRow> {
-    refuse_nulls(array, 0, array.len(), 1, "an integer")?;
+    refuse_nulls(array, "an integer")?;
     let options = CastOptions { safe: false, ..Default::default() };
     match cast_with_options(array, &DataType::Int64, &options) {
         Ok(numbers) => Ok(numbers.as_primitive::<Int64Type>().values().to_vec()),
@@ -277,10 +292,70 @@ pub(crate) fn labels(array: &ArrayRef) -> Result<Vec<i64>, BadRow> {
 
 /// The ids of a batch as text.
 pub(crate) fn ids(array: &ArrayRef) -> Result<Vec<String>, BadRow> {
-    refuse_nulls(array, 0, array.len(), 1, "a name")?;
+    refuse_nulls(array, "a name")?;
     match cast(array, &DataType::Utf8) {
         Ok(names) => Ok(names.as_string::<i32>().iter().map(|name| name.unwrap_or_default().to_owned()).collect()),
         Err(error) => Err(BadRow { row: 0, found: error.to_string(), expected: "text or integers".into() }),
+    }
+}
+
+/// The shapes that a column of integer lists tells, row by row.
+pub(crate) fn shapes(array: &ArrayRef) -> Result<Vec<Vec<usize>>, BadRow> {
+    const EXPECTED: &str = "a list of positive integers such as [4, 32, 24]";
+    let lists = DataType::LargeList(Field::new("item", DataType::Int64, true).into());
+    let options = CastOptions { safe: false, ..Default::default() };
+    let lists = cast_with_options(array, &lists, &options).map_err(|error| BadRow {
+        row: 0,
+        found: error.to_string(),
+        expected: EXPECTED.into(),
+    })?;
+    refuse_nulls(&lists, EXPECTED)?;
+    let lists = lists.as_list::<i64>();
+    let shape = |row: usize| {
+        let numbers = lists.value(row);
+        let numbers = numbers.as_primitive::<Int64Type>();
+        let wrong =
+            || BadRow { row, found: format!("{:?}", numbers.iter().collect::<Vec<_>>()), expected: EXPECTED.into() };
+        let shape: Option<Vec<usize>> =
+            numbers.iter().map(|dim| dim.and_then(|dim| usize::try_from(dim).ok())).collect();
+        shape.filter(|shape| shape_numel(shape).is_some()).ok_or_else(wrong)
+    };
+    (0..lists.len()).map(shape).collect()
+}
+
+/// The shapes that nested lists have, row by row, as each list's first list tells.
+pub(crate) fn nested_shapes(array: &ArrayRef, levels: usize) -> Result<Vec<Vec<usize>>, BadRow> {
+    let rows = array.len();
+    let wrong = |row: usize, found: &str| {
+        let expected = format!("{levels} nested lists, none of them empty, of at most 2^28 numbers in all");
+        BadRow { row, found: found.into(), expected }
+    };
+    let mut shapes = vec![Vec::with_capacity(levels); rows];
+    let (mut at, mut firsts) = (without_view(array)?, (0..rows).collect::<Vec<usize>>());
+    for _ in 0..levels {
+        let nulls = at.logical_nulls();
+        let Some(level) = Level::of(&at) else {
+            return Err(wrong(0, &format!("a {}", at.data_type())));
+        };
+        for (row, first) in firsts.iter_mut().enumerate() {
+            if nulls.as_ref().is_some_and(|nulls| nulls.is_null(*first)) {
+                return Err(wrong(row, "null"));
+            }
+            let length = level.length(*first);
+            if length == 0 {
+                return Err(wrong(row, "an empty list"));
+            }
+            shapes[row].push(length);
+            *first = level.start(*first);
+        }
+        at = match level.items {
+            Items::Of(items) => items,
+            Items::Bytes(_) => return Err(wrong(0, "binary")),
+        };
+    }
+    match shapes.iter().position(|shape| shape_numel(shape).is_none()) {
+        Some(row) => Err(wrong(row, &format!("of lengths {:?}", shapes[row]))),
+        None => Ok(shapes),
     }
 }
 
@@ -288,20 +363,17 @@ pub(crate) fn ids(array: &ArrayRef) -> Result<Vec<String>, BadRow> {
 /// or empty.
 pub(crate) fn first_lengths(array: &ArrayRef) -> Vec<usize> {
     let mut lengths = Vec::new();
-    let mut at = array.clone();
-    while !at.is_empty() && !at.is_null(0) {
-        let items = match at.data_type() {
-            DataType::List(_) => at.as_list::<i32>().value(0),
-            DataType::LargeList(_) => at.as_list::<i64>().value(0),
-            DataType::FixedSizeList(..) => at.as_fixed_size_list().value(0),
-            DataType::Binary => return vec![at.as_binary::<i32>().value(0).len()],
-            DataType::LargeBinary => return vec![at.as_binary::<i64>().value(0).len()],
-            DataType::BinaryView => return vec![at.as_binary_view().value(0).len()],
-            DataType::FixedSizeBinary(length) => return vec![*length as usize],
+    let Ok(mut at) = without_view(array) else { return lengths };
+    let mut first = 0;
+    while first < at.len() && !at.is_null(first) {
+        let Some(level) = Level::of(&at) else { break };
+        lengths.push(level.length(first));
+        first = level.start(first);
+        at = match level.items {
+            // An empty list has no first item; what follows is another row's.
+            Items::Of(items) if lengths.last() != Some(&0) => items,
             _ => break,
         };
-        lengths.push(items.len());
-        at = items;
     }
     lengths
 }

@@ -30,6 +30,8 @@ pub(crate) struct Footer {
     pub latents: Vec<(String, Form)>,
     pub moments: bool,
     pub flipped: bool,
+    /// Whether there is a column of shapes, see [`Columns::shape`].
+    pub has_shape_column: bool,
 }
 
 impl Footer {
@@ -63,7 +65,20 @@ impl Footer {
         let keys = keys(&metadata);
         let (latents, moments, flipped) = latent_columns(&file.name, &metadata, columns)?;
         check_label(&file.name, &metadata, &columns.label)?;
-        Ok(Self { file, metadata, keys, latents, moments, flipped })
+        let has_shape_column = is_shape_column(&metadata, &columns.shape);
+        Ok(Self { file, metadata, keys, latents, moments, flipped, has_shape_column })
+    }
+
+    /// An error about a row of the file's first row group.
+    pub fn row_error(&self, row: u64, column: &str, found: String, expected: String) -> DataError {
+        DataError::Row {
+            file: self.file.name.clone(),
+            row_group: 0,
+            row_in_file: row,
+            column: column.to_owned(),
+            found,
+            expected,
+        }
     }
 
     /// Checks that this file can stand in one data set with the `first` one.
@@ -87,6 +102,10 @@ impl Footer {
                 return differs(format!("column `{name}`"), form.to_string(), expected.to_string());
             }
         }
+        if self.has_shape_column != first.has_shape_column {
+            let text = |footer: &Footer| if footer.has_shape_column { "present" } else { "absent" }.to_owned();
+            return differs("the column of shapes".into(), text(self), text(first));
+        }
         for key in KEYS {
             let value =
                 |footer: &Footer| footer.keys.get(key).map_or("absent".to_owned(), |value| format!("`{value}`"));
@@ -106,14 +125,21 @@ impl Footer {
         }
     }
 
-    /// `ditharos.latent_shape`, if given.
-    pub fn shape(&self) -> Result<Option<Vec<usize>>, DataError> {
+    /// `ditharos.latent_shape`, if given; `None` for dimensions that differ from row to row.
+    pub fn shape(&self) -> Result<Option<Vec<Option<usize>>>, DataError> {
         let Some(text) = self.keys.get(SHAPE) else {
             return Ok(None);
         };
-        serde_json::from_str::<Vec<usize>>(text).ok().filter(|shape| shape_numel(shape).is_some()).map(Some).ok_or_else(
-            || self.bad_key(SHAPE, "a JSON array of positive numbers such as [4,32,32], at most 2^28 in all"),
-        )
+        let fits = |dims: &Vec<Option<usize>>| {
+            let least: Vec<usize> = dims.iter().map(|dim| dim.unwrap_or(1)).collect();
+            shape_numel(&least).is_some()
+        };
+        serde_json::from_str::<Vec<Option<usize>>>(text).ok().filter(fits).map(Some).ok_or_else(|| {
+            self.bad_key(
+                SHAPE,
+                "a JSON array of positive numbers such as [4,32,32], at most 2^28 in all, with null for a dimension that differs from row to row",
+            )
+        })
     }
 
     /// `ditharos.latent_dtype`, if given.
@@ -212,6 +238,20 @@ fn check_label(file: &str, metadata: &ArrowReaderMetadata, label: &str) -> Resul
         found: field.data_type().to_string(),
         expected,
     })
+}
+
+/// Whether `name` is a column of integer lists.
+fn is_shape_column(metadata: &ArrowReaderMetadata, name: &str) -> bool {
+    match metadata.schema().column_with_name(name).map(|(_, field)| field.data_type()) {
+        Some(
+            DataType::List(item)
+            | DataType::LargeList(item)
+            | DataType::FixedSizeList(item, _)
+            | DataType::ListView(item)
+            | DataType::LargeListView(item),
+        ) => item.data_type().is_integer(),
+        _ => false,
+    }
 }
 
 fn missing(file: &str, metadata: &ArrowReaderMetadata, wanted: String) -> DataError {

@@ -1,8 +1,9 @@
 //! How a latent is laid out in a column: list nesting or raw bytes, number type, shape.
 
 use std::fmt;
+use std::sync::Arc;
 
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, Field};
 
 /// The number type in which latents are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,13 +48,15 @@ impl fmt::Display for Dtype {
 
 /// The forms of a latent column that can be read, for messages.
 pub(crate) const READABLE: &str =
-    "a (nested) list, large_list or fixed_size_list of float16 or float32, or (fixed-size) binary";
+    "a (nested) list, large_list or fixed_size_list of float16, float32 or float64, or (fixed-size) binary";
 
 /// What is at the bottom of a column's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Leaf {
     F16,
     F32,
+    /// Rounded to f32 when read.
+    F64,
     /// Raw little-endian numbers, with the length in bytes where the type fixes it.
     Bytes(Option<usize>),
 }
@@ -73,7 +76,10 @@ impl Form {
         let mut at = data_type;
         loop {
             let leaf = match at {
-                DataType::List(item) | DataType::LargeList(item) => {
+                DataType::List(item)
+                | DataType::LargeList(item)
+                | DataType::ListView(item)
+                | DataType::LargeListView(item) => {
                     levels.push(None);
                     at = item.data_type();
                     continue;
@@ -85,6 +91,7 @@ impl Form {
                 }
                 DataType::Float16 => Leaf::F16,
                 DataType::Float32 => Leaf::F32,
+                DataType::Float64 => Leaf::F64,
                 DataType::Binary | DataType::LargeBinary | DataType::BinaryView => Leaf::Bytes(None),
                 DataType::FixedSizeBinary(length) => Leaf::Bytes(Some(usize::try_from(*length).ok()?)),
                 _ => return None,
@@ -107,9 +114,24 @@ impl fmt::Display for Form {
         match self.leaf {
             Leaf::F16 => f.write_str("float16"),
             Leaf::F32 => f.write_str("float32"),
+            Leaf::F64 => f.write_str("float64"),
             Leaf::Bytes(Some(length)) => write!(f, "binary[{length}]"),
             Leaf::Bytes(None) => f.write_str("binary"),
         }
+    }
+}
+
+/// The same type without views, whose items may lie in any order; what the decoder knows.
+pub(crate) fn without_views(data_type: &DataType) -> DataType {
+    let plain =
+        |item: &Arc<Field>| Arc::new(Field::new(item.name(), without_views(item.data_type()), item.is_nullable()));
+    match data_type {
+        DataType::ListView(item) | DataType::LargeListView(item) => DataType::LargeList(plain(item)),
+        DataType::List(item) => DataType::List(plain(item)),
+        DataType::LargeList(item) => DataType::LargeList(plain(item)),
+        DataType::FixedSizeList(item, length) => DataType::FixedSizeList(plain(item), *length),
+        DataType::BinaryView => DataType::LargeBinary,
+        other => other.clone(),
     }
 }
 
@@ -117,10 +139,12 @@ impl fmt::Display for Form {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Stored {
     pub name: String,
-    /// Lengths of the list levels; empty for bytes.
+    /// List levels; 0 for bytes, 1 where one list holds all numbers.
+    pub levels: usize,
+    /// Lengths of the list levels; empty for bytes, and where rows have shapes of their own.
     pub dims: Vec<usize>,
     pub dtype: Dtype,
-    /// Numbers in one row.
+    /// Numbers in one row; 0 where rows have shapes of their own.
     pub numel: usize,
 }
 
@@ -138,10 +162,10 @@ impl Stored {
     ) -> Result<Self, String> {
         // `shape_numel` has checked the product.
         let numel = shape.iter().product::<usize>();
-        let (dims, dtype) = match form.leaf {
+        let dtype = match form.leaf {
             Leaf::Bytes(length) => {
                 let length = length.or(first_len_bytes).unwrap_or(numel * 4);
-                let dtype = match bytes_dtype {
+                match bytes_dtype {
                     Some(dtype) if numel * dtype.bytes() == length => dtype,
                     Some(dtype) => {
                         return Err(format!(
@@ -158,35 +182,48 @@ impl Stored {
                             numel * 4
                         ));
                     }
-                };
-                (Vec::new(), dtype)
-            }
-            Leaf::F16 | Leaf::F32 => {
-                let dims = match form.levels.len() {
-                    depth if depth == shape.len() => shape.to_vec(),
-                    1 => vec![numel],
-                    depth => {
-                        return Err(format!(
-                            "nests {depth} lists; shape {shape:?} takes {} or one flat list of {numel}",
-                            shape.len()
-                        ));
-                    }
-                };
-                if form.levels.iter().zip(&dims).any(|(level, dim)| level.is_some_and(|length| length != *dim)) {
-                    return Err(format!("is {form}; shape {shape:?} takes lengths {dims:?}"));
                 }
-                (dims, if form.leaf == Leaf::F16 { Dtype::F16 } else { Dtype::F32 })
             }
+            Leaf::F16 => Dtype::F16,
+            Leaf::F32 | Leaf::F64 => Dtype::F32,
         };
-        Ok(Self { name: name.to_owned(), dims, dtype, numel })
+        let levels = form.levels.len();
+        if levels > 1 && levels != shape.len() {
+            return Err(format!(
+                "nests {levels} lists; shape {shape:?} takes {} or one flat list of {numel}",
+                shape.len()
+            ));
+        }
+        let mut column = Self { name: name.to_owned(), levels, dims: Vec::new(), dtype, numel };
+        if levels > 0 {
+            column.dims = column.dims_of(shape);
+        }
+        if form.levels.iter().zip(&column.dims).any(|(level, dim)| level.is_some_and(|length| length != *dim)) {
+            return Err(format!("is {form}; shape {shape:?} takes lengths {:?}", column.dims));
+        }
+        Ok(column)
     }
 
-    /// The row's type, for messages.
-    pub fn describe(&self) -> String {
-        if self.dims.is_empty() {
-            format!("{} bytes ({} × {})", self.numel * self.dtype.bytes(), self.numel, self.dtype)
-        } else {
-            format!("lists of lengths {:?}", self.dims)
+    /// The same column where rows have shapes of their own.
+    pub fn of_any_shape(self) -> Self {
+        Self { dims: Vec::new(), numel: 0, ..self }
+    }
+
+    /// The lengths that a row of `shape` must have: of its list levels, or of its bytes.
+    pub fn dims_of(&self, shape: &[usize]) -> Vec<usize> {
+        let numel = shape.iter().product::<usize>();
+        match self.levels {
+            0 => vec![numel * self.dtype.bytes()],
+            1 => vec![numel],
+            _ => shape.to_vec(),
+        }
+    }
+
+    /// What a row of such lengths is, for messages.
+    pub fn describe(&self, dims: &[usize]) -> String {
+        match dims {
+            [bytes] if self.levels == 0 => format!("{bytes} bytes ({} × {})", bytes / self.dtype.bytes(), self.dtype),
+            dims => format!("lists of lengths {dims:?}"),
         }
     }
 }

@@ -7,6 +7,7 @@
 //!
 //! The calls block; make them outside of an async runtime.
 
+mod block;
 mod dataset;
 mod decode;
 pub mod draws;
@@ -14,23 +15,26 @@ mod error;
 mod fixed;
 mod footer;
 mod form;
+mod layout;
 mod narrow;
 mod read;
 mod report;
 mod schedule;
+mod shapes;
 mod source;
 mod stream;
 #[cfg(test)]
 mod testing;
 mod writer;
 
+pub use block::RowBlock;
 pub use configs::Columns;
 pub use dataset::{DatasetMeta, LatentDataset, RowGroup};
-pub use decode::RowBlock;
 pub use error::DataError;
 pub use fixed::{FixedOptions, FixedRows};
 pub use form::Dtype;
-pub use report::{ChannelStats, Inspection, inspect, verify};
+pub use report::{ChannelStats, Inspection, ShapeCount, inspect, verify};
 pub use schedule::{EpochOrder, LaneSchedule, RowRun, ScheduleOptions};
+pub use shapes::{RowShapes, Shapes};
 pub use stream::{HostAllocator, HostMemory, Latents, MicroBatch, MicroBatchStream, PlainMemory, StreamOptions};
 pub use writer::{LatentRow, LatentWriter, Row, WriterOptions, WrittenPart};

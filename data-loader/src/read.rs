@@ -4,16 +4,18 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 
-use arrow::array::RecordBatch;
+use arrow::array::{ArrayRef, RecordBatch};
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use parquet::arrow::arrow_reader::RowSelection;
 use parquet::arrow::{ParquetRecordBatchStreamBuilder, ProjectionMask};
 use tokio::runtime::Runtime;
 
-use crate::decode::{self, BadRow, Flat, RowBlock};
+use crate::block::Extents;
+use crate::decode::{self, BadRow, Dims, Flat};
 use crate::source::ObjectReader;
-use crate::{DataError, LatentDataset, RowGroup, RowRun};
+use crate::{DataError, LatentDataset, RowBlock, RowGroup, RowRun, RowShapes};
 
 /// Row groups that are fetched at the same time for one read.
 const ROW_GROUPS_AT_ONCE: usize = 8;
@@ -44,14 +46,42 @@ impl LatentDataset {
         self.io.block_on(self.read_runs(&[RowRun { first_row: group.first_row, rows: group.rows }], with_ids))
     }
 
-    /// The latent columns of the first row of the data set.
+    /// The latents and the shape of the first row of the data set.
     pub(crate) fn first_row(&self) -> Result<RecordBatch, DataError> {
         // `open_at` has seen that there is a row.
-        let batches =
-            self.io.block_on(self.fetch(self.group_of(0), &[Piece { first_in_group: 0, rows: 1, to: 0 }], false))?;
+        let at = self.group_of(0);
+        let names = self.latent_names(at).chain([self.columns().shape.as_str()]);
+        let batches = self.io.block_on(self.fetch(at, &[Piece { first_in_group: 0, rows: 1, to: 0 }], names))?;
         batches.into_iter().next().ok_or_else(|| DataError::NoData {
             url: self.name().to_owned(),
             what: "the parquet files have no row".into(),
+        })
+    }
+
+    /// One column of a whole row group, in batches.
+    pub(crate) async fn fetch_group(&self, at: usize, column: &str) -> Result<Vec<ArrayRef>, DataError> {
+        let group = self.row_groups()[at];
+        if group.rows == 0 {
+            return Ok(Vec::new());
+        }
+        let all = Piece { first_in_group: 0, rows: group.rows, to: 0 };
+        let fetched = AssertUnwindSafe(self.fetch(at, &[all], [column].into_iter())).catch_unwind().await;
+        let batches =
+            fetched.unwrap_or_else(|payload| Err(DataError::panicked(&self.files[group.file].file.name, &*payload)))?;
+        batches.iter().map(|batch| self.column(at, batch, column).cloned()).collect()
+    }
+
+    /// The latent columns of a row group's file.
+    fn latent_names(&self, at: usize) -> impl Iterator<Item = &str> {
+        self.files[self.row_groups()[at].file].latents.iter().map(|(name, _)| name.as_str())
+    }
+
+    fn column<'a>(&self, at: usize, batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef, DataError> {
+        let group = &self.row_groups()[at];
+        batch.column_by_name(name).ok_or_else(|| DataError::RowGroup {
+            file: self.files[group.file].file.name.clone(),
+            row_group: group.index_in_file,
+            reason: format!("column `{name}` did not come out"),
         })
     }
 
@@ -83,7 +113,8 @@ impl LatentDataset {
                 next = until;
             }
         }
-        let mut block = RowBlock::zeros(&self.stored, rows, with_ids);
+        let shapes = self.load_shapes().await?;
+        let mut block = RowBlock::zeros(&self.stored, shapes, rows, with_ids);
         for (at, pieces) in &mut wanted {
             pieces.sort_by_key(|piece| piece.first_in_group);
             if let Some(pair) =
@@ -99,26 +130,29 @@ impl LatentDataset {
         let mut fetched = futures::stream::iter(&wanted)
             .map(|(&at, pieces)| async move {
                 let file = &self.files[self.row_groups()[at].file].file.name;
-                let batches = AssertUnwindSafe(self.fetch(at, pieces, with_ids)).catch_unwind().await;
+                let names = self
+                    .latent_names(at)
+                    .chain([self.columns().label.as_str()])
+                    .chain(with_ids.then_some(self.columns().id.as_str()));
+                let batches = AssertUnwindSafe(self.fetch(at, pieces, names)).catch_unwind().await;
                 (at, pieces, batches.unwrap_or_else(|payload| Err(DataError::panicked(file, &*payload))))
             })
             .buffer_unordered(ROW_GROUPS_AT_ONCE);
         while let Some((at, pieces, batches)) = fetched.next().await {
-            self.place_rows(at, pieces, &batches?, &mut block)?;
+            self.place_rows(at, pieces, &batches?, shapes, &mut block)?;
         }
         Ok(block)
     }
 
-    /// Fetches and decodes pieces of one row group.
-    async fn fetch(&self, at: usize, pieces: &[Piece], with_ids: bool) -> Result<Vec<RecordBatch>, DataError> {
+    /// Fetches and decodes pieces of one row group: those of the named columns that there are.
+    async fn fetch(
+        &self,
+        at: usize,
+        pieces: &[Piece],
+        names: impl Iterator<Item = &str>,
+    ) -> Result<Vec<RecordBatch>, DataError> {
         let group = &self.row_groups()[at];
         let footer = &self.files[group.file];
-        let names = footer
-            .latents
-            .iter()
-            .map(|(name, _)| name.as_str())
-            .chain([self.columns().label.as_str()])
-            .chain(with_ids.then_some(self.columns().id.as_str()));
         let roots: Vec<usize> = names.filter_map(|name| footer.metadata.schema().index_of(name).ok()).collect();
         let selection = RowSelection::from_consecutive_ranges(
             pieces.iter().map(|piece| piece.first_in_group as usize..(piece.first_in_group + piece.rows) as usize),
@@ -158,10 +192,9 @@ impl LatentDataset {
         at: usize,
         pieces: &[Piece],
         batches: &[RecordBatch],
+        shapes: &Arc<RowShapes>,
         block: &mut RowBlock,
     ) -> Result<(), DataError> {
-        let group = &self.row_groups()[at];
-        let footer = &self.files[group.file];
         let mut first = 0;
         for batch in batches {
             let targets = targets(pieces, first..first + batch.num_rows());
@@ -172,16 +205,19 @@ impl LatentDataset {
                     .map_or(0, |(rows, to)| to + bad.row - rows.start);
                 self.row_error(block.rows[to], column, bad.found, bad.expected)
             };
-            let column = |name: &str| {
-                batch.column_by_name(name).ok_or_else(|| DataError::RowGroup {
-                    file: footer.file.name.clone(),
-                    row_group: group.index_in_file,
-                    reason: format!("column `{name}` did not come out"),
-                })
-            };
+            let column = |name: &str| self.column(at, batch, name);
+            // The rows of pieces come out one after the other, so the targets are in the batch's order.
+            let rows: Vec<u64> =
+                targets.iter().flat_map(|(rows, to)| &block.rows[*to..to + rows.len()]).copied().collect();
+            // Where each row's numbers begin in the batch.
+            let from = Extents::of(shapes, &rows);
             let mut flats = Vec::with_capacity(self.stored.len());
             for stored in &self.stored {
-                flats.push(Flat::of(column(&stored.name)?, stored).map_err(|error| bad(&stored.name, error))?);
+                let dims = match shapes.same() {
+                    Some(shape) => Dims::Same(stored.dims_of(shape)),
+                    None => Dims::Each(rows.iter().map(|row| stored.dims_of(shapes.of(*row))).collect()),
+                };
+                flats.push(Flat::of(column(&stored.name)?, stored, &dims).map_err(|error| bad(&stored.name, error))?);
             }
             let labels =
                 decode::labels(column(&self.columns().label)?).map_err(|error| bad(&self.columns().label, error))?;
@@ -191,8 +227,9 @@ impl LatentDataset {
                 Some(decode::ids(column(&self.columns().id)?).map_err(|error| bad(&self.columns().id, error))?)
             };
             for (rows, to) in &targets {
-                for (flat, (stored, out)) in flats.iter().zip(self.stored.iter().zip(&mut block.latents)) {
-                    flat.copy(rows.start * stored.numel, rows.len() * stored.numel, out, to * stored.numel);
+                let (first, end) = (from.offset(rows.start), from.offset(rows.end));
+                for (flat, out) in flats.iter().zip(&mut block.latents) {
+                    flat.copy(first, end - first, out, block.extents.offset(*to));
                 }
                 block.labels[*to..to + rows.len()].copy_from_slice(&labels[rows.clone()]);
                 if let Some(ids) = &ids {

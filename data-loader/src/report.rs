@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::{DataError, LatentDataset, RowGroup};
+use crate::{DataError, LatentDataset, RowGroup, Shapes};
 
 /// Mean and standard deviation of one channel over all rows and positions, unscaled.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -14,6 +14,15 @@ pub struct ChannelStats {
     pub mean: f64,
     /// The standard deviation.
     pub std: f64,
+}
+
+/// A shape and how many rows have it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ShapeCount {
+    /// The shape.
+    pub shape: Vec<usize>,
+    /// Its rows.
+    pub rows: u64,
 }
 
 /// What a data set holds. Latents are the stored ones, or the posterior means.
@@ -27,8 +36,11 @@ pub struct Inspection {
     pub files: usize,
     /// Row groups of all files.
     pub row_groups: usize,
-    /// Shape of one latent.
+    /// Shape of one latent; empty where rows have shapes of their own.
     pub latent_shape: Vec<usize>,
+    /// How many rows have each shape, where rows have shapes of their own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shapes: Vec<ShapeCount>,
     /// Stored number type.
     pub dtype: String,
     /// Whether posterior moments are stored.
@@ -45,7 +57,7 @@ pub struct Inspection {
     pub vae_digest: Option<String>,
     /// How many rows each label has.
     pub labels: BTreeMap<i64, u64>,
-    /// Per channel (first dimension of the shape).
+    /// Per channel (first dimension of the shape); of as many channels as every row has.
     pub channels: Vec<ChannelStats>,
     /// SHA-256 over all latents in row order as little-endian f32.
     pub sha256_f32: String,
@@ -57,21 +69,26 @@ pub struct Inspection {
 /// If a row group cannot be read.
 pub fn inspect(dataset: &LatentDataset) -> Result<Inspection, DataError> {
     let meta = dataset.meta();
-    let channels = meta.latent_shape[0];
+    let shapes = dataset.row_shapes()?;
+    let channels = shapes.shapes().iter().map(|shape| shape[0]).min().unwrap_or(0);
     let (mut sums, mut squares) = (vec![0f64; channels], vec![0f64; channels]);
+    let mut count = 0u64;
+    let mut rows_of_shape = vec![0u64; shapes.shapes().len()];
     let mut labels = BTreeMap::new();
     let mut digest = Sha256::new();
-    let mut latent = vec![0f32; dataset.latent_numel()];
-    let mut bytes = Vec::with_capacity(latent.len() * 4);
-    let per_channel = latent.len() / channels;
+    let (mut latent, mut bytes) = (Vec::new(), Vec::new());
     for group in dataset.row_groups() {
         let block = dataset.read_row_group(group)?;
         for row in 0..block.len() {
+            latent.resize(block.latent_numel(row), 0f32);
             block.latent(0, row, &mut latent);
+            let per_channel = latent.len() / block.latent_shape(row)[0];
+            count += per_channel as u64;
+            rows_of_shape[shapes.index(block.rows()[row])] += 1;
             bytes.clear();
             bytes.extend(latent.iter().flat_map(|number| number.to_le_bytes()));
             digest.update(&bytes);
-            for (channel, numbers) in latent.chunks_exact(per_channel).enumerate() {
+            for (channel, numbers) in latent.chunks_exact(per_channel).take(channels).enumerate() {
                 for &number in numbers {
                     sums[channel] += f64::from(number);
                     squares[channel] += f64::from(number) * f64::from(number);
@@ -80,7 +97,7 @@ pub fn inspect(dataset: &LatentDataset) -> Result<Inspection, DataError> {
             *labels.entry(block.labels()[row]).or_insert(0) += 1;
         }
     }
-    let count = (meta.rows * per_channel as u64) as f64;
+    let count = count as f64;
     let stats = |(sum, square): (&f64, &f64)| {
         let mean = sum / count;
         ChannelStats { mean, std: (square / count - mean * mean).max(0.0).sqrt() }
@@ -91,6 +108,13 @@ pub fn inspect(dataset: &LatentDataset) -> Result<Inspection, DataError> {
         files: meta.files,
         row_groups: meta.row_groups,
         latent_shape: meta.latent_shape.clone(),
+        shapes: match meta.shapes {
+            Shapes::Same => Vec::new(),
+            Shapes::Variable(_) => {
+                let counted = shapes.shapes().iter().zip(rows_of_shape);
+                counted.map(|(shape, rows)| ShapeCount { shape: shape.clone(), rows }).collect()
+            }
+        },
         dtype: meta.dtype.to_string(),
         moments: meta.moments,
         flipped: meta.flipped,
@@ -125,8 +149,9 @@ fn verify_row_group(
     problems: &mut Vec<String>,
 ) -> Result<(), DataError> {
     let block = dataset.read_row_group(group)?;
-    let mut latent = vec![0f32; dataset.latent_numel()];
+    let mut latent = Vec::new();
     for (index, &row) in block.rows().iter().enumerate() {
+        latent.resize(block.latent_numel(index), 0f32);
         for column in 0..block.latent_columns() {
             block.latent(column, index, &mut latent);
             if let Some(at) = latent.iter().position(|number| !number.is_finite()) {

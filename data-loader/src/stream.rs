@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use rand::Rng;
 use tokio::sync::watch;
 
-use crate::decode::RowBlock;
+use crate::RowBlock;
 use crate::draws::{Key, Purpose, fill_normal};
 use crate::fixed::add_posterior_noise;
 use crate::schedule::EpochOrder;
@@ -115,6 +115,7 @@ impl MicroBatchStream {
         if lanes.is_empty() || lanes.end > schedule.options().lanes {
             return refuse(format!("lanes {lanes:?} were asked for; there are {}", schedule.options().lanes));
         }
+        dataset.require_one_shape("a micro-batch")?;
         if options.flip && !dataset.meta().flipped {
             return refuse("`data.flip` = true, but the files have no latents of the mirrored images; encode with mirrored copies, or set it to false".into());
         }

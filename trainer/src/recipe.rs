@@ -83,6 +83,9 @@ pub enum RecipeError {
     /// Patterns that match no parameter.
     #[error(transparent)]
     Patterns(#[from] crate::model::patterns::PatternError),
+    /// A data set that no model here can be trained on.
+    #[error("`data.url`: {0}")]
+    Data(#[from] data_loader::DataError),
 }
 
 impl Recipe {
@@ -94,6 +97,7 @@ impl Recipe {
     pub fn resolve(config: &RunConfig, dataset: &LatentDataset, scaling_factor: f64) -> Result<Self, RecipeError> {
         let meta = dataset.meta();
         let mut problems = Vec::new();
+        dataset.require_one_shape("this model")?;
         let [channels, height, width] = meta.latent_shape[..] else {
             let problem =
                 format!("the data set's latents have shape {:?}; expected [channels, side, side]", meta.latent_shape);

@@ -31,7 +31,12 @@ fn print(found: &Inspection) {
     println!("{}", found.url);
     println!("  rows            {}", found.rows);
     println!("  files           {} ({} row groups)", found.files, found.row_groups);
-    println!("  latent shape    {:?}", found.latent_shape);
+    match &found.shapes[..] {
+        [] => println!("  latent shape    {:?}", found.latent_shape),
+        shapes => {
+            shapes.iter().for_each(|shape| println!("  latent shape    {:?} in {} rows", shape.shape, shape.rows))
+        }
+    }
     println!(
         "  stored          {}{} as {}, {} bytes a row",
         if found.moments { "posterior mean and log-variance" } else { "latents" },

@@ -23,7 +23,7 @@ impl Place {
 /// What the columns of a data set are called.
 #[derive(Args)]
 pub struct ColumnNames {
-    /// Name of a column, as `latent_mean=mu`; keys: latent, latent_mean, latent_logvar, latent_flipped, label, id.
+    /// Name of a column, as `latent_mean=mu`; keys: latent, latent_mean, latent_logvar, latent_flipped, label, id, shape.
     #[arg(long = "column", value_name = "KEY=NAME")]
     columns: Vec<String>,
 }
@@ -41,8 +41,9 @@ impl ColumnNames {
                 "latent_flipped" => &mut columns.latent_flipped,
                 "label" => &mut columns.label,
                 "id" => &mut columns.id,
+                "shape" => &mut columns.shape,
                 _ => anyhow::bail!(
-                    "--column {text}: unknown key `{key}`; expected latent, latent_mean, latent_logvar, latent_flipped, label or id"
+                    "--column {text}: unknown key `{key}`; expected latent, latent_mean, latent_logvar, latent_flipped, label, id or shape"
                 ),
             };
             *column = name.to_owned();
