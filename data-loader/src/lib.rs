@@ -17,6 +17,8 @@ mod footer;
 mod form;
 mod layout;
 mod narrow;
+#[cfg(test)]
+mod properties;
 mod read;
 mod report;
 mod schedule;

@@ -6,13 +6,14 @@ use std::ops::Range;
 use std::path::Path as FsPath;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
+    CopyOptions, GetOptions, GetRange, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
@@ -75,6 +76,8 @@ pub struct FaultyStore {
     pub mode: AtomicU8,
     /// Requests that hang.
     pub hanging: AtomicUsize,
+    /// What was asked for by ranges: object and bytes.
+    requested: Mutex<Vec<(Path, Range<u64>)>>,
 }
 
 impl FaultyStore {
@@ -85,10 +88,23 @@ impl FaultyStore {
         let path = folder.path().join("a.parquet");
         write(&path, options.clone(), &samples(150, &options));
         let store = Arc::new(Self::default());
-        let bytes = std::fs::read(&path).unwrap();
-        futures::executor::block_on(store.inner.put(&Path::from("set/a.parquet"), bytes.into())).unwrap();
+        store.put_bytes("set/a.parquet", std::fs::read(&path).unwrap());
         let dataset = LatentDataset::open_in(store.clone(), Path::from("set"), &Columns::default()).unwrap();
         (store, Arc::new(dataset))
+    }
+
+    pub fn put_bytes(&self, path: &str, bytes: Vec<u8>) {
+        futures::executor::block_on(self.inner.put(&Path::from(path), bytes.into())).unwrap();
+    }
+
+    /// What was asked for since the last call.
+    pub fn take_requests(&self) -> Vec<(Path, Range<u64>)> {
+        std::mem::take(&mut *self.requested.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn record(&self, location: &Path, ranges: impl IntoIterator<Item = Range<u64>>) {
+        let mut requested = self.requested.lock().unwrap_or_else(PoisonError::into_inner);
+        requested.extend(ranges.into_iter().map(|range| (location.clone(), range)));
     }
 
     async fn misbehave(&self) -> Result<()> {
@@ -128,11 +144,17 @@ impl ObjectStore for FaultyStore {
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         self.misbehave().await?;
+        match &options.range {
+            Some(GetRange::Bounded(range)) => self.record(location, [range.clone()]),
+            None if options.head => {}
+            _ => self.record(location, [0..u64::MAX]),
+        }
         self.inner.get_opts(location, options).await
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         self.misbehave().await?;
+        self.record(location, ranges.iter().cloned());
         self.inner.get_ranges(location, ranges).await
     }
 
