@@ -1,3 +1,4 @@
+use crate::Place;
 use std::time::Duration;
 
 /// What can go wrong in a collective operation.
@@ -15,21 +16,21 @@ pub enum CollectiveError {
         /// What it should have had.
         expected: String,
     },
-    /// The backend has no such operation for this element type.
-    #[error("rank {rank}: {op} of {dtype} is not supported by the {backend} backend")]
-    Unsupported {
+    /// The backend cannot reach the memory of an operation.
+    #[error("rank {rank}: {op} on {found}, which the {backend} backend cannot reach")]
+    Place {
         /// Who called.
         rank: usize,
-        /// The backend.
-        backend: &'static str,
         /// The operation.
         op: &'static str,
-        /// The element type.
-        dtype: &'static str,
+        /// The backend.
+        backend: &'static str,
+        /// Where the buffers are.
+        found: Place,
     },
-    /// Not all ranks took part in time. The buffer stays with the operation; the run cannot go on.
+    /// Not all ranks took part in time. The buffers stay with the operation; the run cannot go on.
     #[error(
-        "rank {rank}: {op} did not complete within {deadline:?}: another rank is stuck, dead or slower than \
+        "rank {rank}: {op} did not complete within {deadline:?} ({phase}): a rank is stuck, dead or slower than \
          `collective.timeout_s` allows; look for the last message of every rank"
     )]
     Deadline {
@@ -37,6 +38,8 @@ pub enum CollectiveError {
         rank: usize,
         /// The operation.
         op: &'static str,
+        /// How far it had come.
+        phase: &'static str,
         /// How long it waited.
         deadline: Duration,
     },

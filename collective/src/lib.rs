@@ -7,23 +7,28 @@
 //! Backends: [`single`] (world size 1, no MPI), [`mpi`] (CPU memory and the control plane). [`conformance`] holds
 //! the checks that every backend passes.
 
+mod call;
 pub mod conformance;
+mod environment;
 mod error;
 pub mod mpi;
 mod op;
 mod pending;
+mod reduce;
 mod region;
 pub mod single;
 
 pub use error::CollectiveError;
 pub use op::{Op, ReduceOp};
-pub use pending::{Completer, Pending};
-pub use region::{Dtype, Element, Region};
+pub use pending::{Completer, Pending, Phase};
+pub use region::{Dtype, Element, Place, Region};
 
 use std::time::Duration;
 
 /// The ranks of one run, as seen from one of them.
 pub trait Collective: Send + Sync {
+    /// The backend's name.
+    fn backend(&self) -> &'static str;
     /// This process's number in the world, `0..world_size`.
     fn rank(&self) -> usize;
     /// How many processes take part.
@@ -37,8 +42,15 @@ pub trait Collective: Send + Sync {
     /// Starts `op` and returns at once. Sizes are checked before anything is sent.
     ///
     /// # Errors
-    /// [`CollectiveError::Size`] or [`CollectiveError::Unsupported`]; nothing was started then.
+    /// [`CollectiveError::Size`], [`CollectiveError::Place`]; nothing was started then.
     fn start(&self, op: Op) -> Result<Pending, CollectiveError>;
+    /// The ranks that pass the same `color`, as a world of their own, numbered by `key` (equal keys: by rank). All ranks
+    /// call it together; it blocks. Errors of a group name ranks as the whole run numbers them; `local_rank` and
+    /// `local_size` stay those of the whole run.
+    ///
+    /// # Errors
+    /// [`CollectiveError::Deadline`] when a rank does not come in time, or what the backend reports.
+    fn split(&self, color: usize, key: usize) -> Result<Box<dyn Collective>, CollectiveError>;
     /// Ends the whole run from this rank with `code`; the other ranks are ended by the engine.
     fn abort(&self, code: i32) -> !;
 }
@@ -50,14 +62,15 @@ impl dyn Collective + '_ {
     /// # Errors
     /// See [`Collective::start`].
     pub fn all_reduce(&self, buffer: Region, op: ReduceOp) -> Result<Pending, CollectiveError> {
-        self.start(Op::AllReduce { buffer, op })
+        self.start(Op::AllReduce { send: None, recv: buffer, op })
     }
 
-    /// Reduces `send` (world_size × n elements) and leaves the n elements of this rank's part in `recv`.
+    /// Reduces `send` (world_size × n elements) and leaves the n elements of this rank's part in `recv`. Without `recv`
+    /// they are left in this rank's part of `send`, whose other parts then hold anything.
     ///
     /// # Errors
     /// See [`Collective::start`].
-    pub fn reduce_scatter(&self, send: Region, recv: Region, op: ReduceOp) -> Result<Pending, CollectiveError> {
+    pub fn reduce_scatter(&self, send: Region, recv: Option<Region>, op: ReduceOp) -> Result<Pending, CollectiveError> {
         self.start(Op::ReduceScatter { send, recv, op })
     }
 
@@ -116,6 +129,40 @@ impl dyn Collective + '_ {
         let message_of = |(rank, &length): (usize, &i64)| all[rank * longest..][..length as usize].to_vec();
         Ok(lengths.iter().enumerate().map(message_of).collect())
     }
+
+    /// The two groups that a hierarchical operation climbs through. All ranks call it together; it blocks.
+    ///
+    /// # Errors
+    /// See [`Collective::split`].
+    pub fn node_groups(&self) -> Result<NodeGroups, CollectiveError> {
+        let node_of_rank = self.gather_bytes(host_name().as_bytes())?;
+        let (node, rank_of_node) = place_on_node(&node_of_rank, self.rank());
+        let within = self.split(node, self.rank())?;
+        let across = self.split(rank_of_node, self.rank())?;
+        Ok(NodeGroups { within, across })
+    }
+}
+
+/// See [`node_groups`](trait.Collective.html#method.node_groups).
+pub struct NodeGroups {
+    /// The ranks on this rank's node (those with the same host name).
+    pub within: Box<dyn Collective>,
+    /// One rank of each node: those with the same number in their `within`.
+    pub across: Box<dyn Collective>,
+}
+
+/// The first rank on the node of `rank`, and the number of `rank` among the ranks there.
+fn place_on_node(node_of_rank: &[Vec<u8>], rank: usize) -> (usize, usize) {
+    let here = |other: &&Vec<u8>| **other == node_of_rank[rank];
+    let first = node_of_rank.iter().take(rank).position(|other| *other == node_of_rank[rank]).unwrap_or(rank);
+    (first, node_of_rank.iter().take(rank).filter(here).count())
+}
+
+fn host_name() -> String {
+    let mut name = [0u8; 256];
+    // SAFETY: the buffer has the length given; the last byte stays 0 whatever is written.
+    unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len() - 1) };
+    String::from_utf8_lossy(name.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
 /// The collective of the engine that started this process: [`mpi`] when an MPI launcher says there is more than one
@@ -124,9 +171,21 @@ impl dyn Collective + '_ {
 /// # Errors
 /// [`CollectiveError::Init`] when MPI cannot be initialised.
 pub fn from_environment(deadline: Duration) -> Result<Box<dyn Collective>, CollectiveError> {
-    if mpi::world_size_of_environment() > 1 {
-        Ok(Box::new(mpi::MpiCollective::init(deadline)?))
+    if environment::mpi_world_size().is_some_and(|world_size| world_size > 1) {
+        Ok(Box::new(mpi::MpiCollective::init(mpi::MpiOptions::new(deadline))?))
     } else {
         Ok(Box::new(single::SingleCollective::new(deadline)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn ranks_find_their_place_on_nodes_however_they_are_dealt() {
+        let nodes = |names: &str| names.bytes().map(|name| vec![name]).collect::<Vec<_>>();
+        let places = |names: &str| (0..names.len()).map(|r| super::place_on_node(&nodes(names), r)).collect::<Vec<_>>();
+        assert_eq!(places("aabb"), [(0, 0), (0, 1), (2, 0), (2, 1)]);
+        assert_eq!(places("abab"), [(0, 0), (1, 0), (0, 1), (1, 1)]);
+        assert_eq!(places("a"), [(0, 0)]);
     }
 }

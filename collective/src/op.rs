@@ -1,4 +1,4 @@
-use crate::{CollectiveError, Region};
+use crate::{CollectiveError, Place, Region};
 
 /// How elements of several ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,21 +11,23 @@ pub enum ReduceOp {
     Min,
 }
 
-/// A collective operation with its buffers.
+/// A collective operation with its buffers. All buffers of one operation have one element type and are in one place.
 pub enum Op {
-    /// In place over `buffer`.
+    /// Both have n elements.
     AllReduce {
-        /// Read and written.
-        buffer: Region,
+        /// Read; `None`: what is in `recv` is read.
+        send: Option<Region>,
+        /// Written.
+        recv: Region,
         /// How.
         op: ReduceOp,
     },
     /// `send` has world_size × n elements, `recv` n.
     ReduceScatter {
-        /// Read.
+        /// Read. Without `recv` the result is in this rank's part of it, and its other parts hold anything.
         send: Region,
         /// Written.
-        recv: Region,
+        recv: Option<Region>,
         /// How.
         op: ReduceOp,
     },
@@ -67,68 +69,62 @@ impl Op {
         }
     }
 
-    /// The result of an operation that has no data to move (a barrier is not one), or the operation itself.
-    ///
-    /// # Errors
-    /// The operation, when there is something to do.
-    pub fn into_result_if_empty(self) -> Result<Region, Op> {
+    /// Where the buffers are; that of the first when they differ. A barrier is the host's.
+    pub fn place(&self) -> Place {
         match self {
-            Op::AllReduce { buffer: recv, .. }
-            | Op::Broadcast { buffer: recv, .. }
-            | Op::ReduceScatter { recv, .. }
-            | Op::AllGather { recv, .. }
-            | Op::AllToAll { recv, .. }
-                if recv.numel() == 0 =>
-            {
-                Ok(recv)
-            }
-            op => Err(op),
+            Op::AllReduce { recv: region, .. }
+            | Op::ReduceScatter { send: region, .. }
+            | Op::AllGather { recv: region, .. }
+            | Op::AllToAll { recv: region, .. }
+            | Op::Broadcast { buffer: region, .. } => region.place(),
+            Op::Barrier => Place::Host,
         }
     }
 
-    /// Checks sizes and element types for a world; every backend calls it first.
+    /// Checks sizes, element types and places for a world.
     ///
     /// # Errors
     /// [`CollectiveError::Size`].
     pub fn check(&self, rank: usize, world_size: usize) -> Result<(), CollectiveError> {
         let wrong =
             |found: String, expected: String| Err(CollectiveError::Size { rank, op: self.name(), found, expected });
-        let part_of_whole = |part: &Region, whole: &Region, part_name: &str, whole_name: &str| {
-            if part.dtype() != whole.dtype() {
+        // `small` and `large` hold `small_parts` and `large_parts` parts of equal length.
+        let fit = |(name, small, parts): (&str, &Region, usize),
+                   (large_name, large, large_parts): (&str, &Region, usize)| {
+            if small.dtype() != large.dtype() {
                 return wrong(
-                    format!("`{part_name}` of {}", part.dtype().name()),
-                    format!("the element type of `{whole_name}`, {}", whole.dtype().name()),
+                    format!("`{name}` of {}", small.dtype().name()),
+                    format!("the element type of `{large_name}`, {}", large.dtype().name()),
                 );
             }
-            if part.numel().checked_mul(world_size) != Some(whole.numel()) {
+            if small.place() != large.place() {
                 return wrong(
-                    format!("`{part_name}` of {} and `{whole_name}` of {} elements", part.numel(), whole.numel()),
-                    format!("`{whole_name}` = `{part_name}` × world size {world_size}"),
+                    format!("`{name}` in {}", small.place()),
+                    format!("the place of `{large_name}`, {}", large.place()),
+                );
+            }
+            let part = large.numel() / large_parts;
+            if large.numel() % large_parts != 0 || part.checked_mul(parts) != Some(small.numel()) {
+                let times = |parts: usize| if parts == 1 { "n".to_owned() } else { format!("world size {parts} × n") };
+                return wrong(
+                    format!("`{name}` of {} and `{large_name}` of {} elements", small.numel(), large.numel()),
+                    format!("`{name}` of {} and `{large_name}` of {} elements", times(parts), times(large_parts)),
                 );
             }
             Ok(())
         };
         match self {
-            Op::ReduceScatter { send, recv, .. } => part_of_whole(recv, send, "recv", "send"),
-            Op::AllGather { send: Some(send), recv } => part_of_whole(send, recv, "send", "recv"),
-            Op::AllGather { send: None, recv } if recv.numel() % world_size != 0 => wrong(
-                format!("`recv` of {} elements", recv.numel()),
-                format!("a multiple of the world size {world_size}"),
-            ),
-            Op::AllToAll { send, recv } => {
-                if send.dtype() != recv.dtype() || send.numel() != recv.numel() || send.numel() % world_size != 0 {
-                    return wrong(
-                        format!(
-                            "`send` of {} {} and `recv` of {} {}",
-                            send.numel(),
-                            send.dtype().name(),
-                            recv.numel(),
-                            recv.dtype().name()
-                        ),
-                        format!("equal types and sizes, a multiple of the world size {world_size}"),
-                    );
-                }
-                Ok(())
+            Op::AllReduce { send: Some(send), recv, .. } => fit(("send", send, 1), ("recv", recv, 1)),
+            Op::ReduceScatter { send, recv: Some(recv), .. } => fit(("recv", recv, 1), ("send", send, world_size)),
+            Op::AllGather { send: Some(send), recv } => fit(("send", send, 1), ("recv", recv, world_size)),
+            Op::AllToAll { send, recv } => fit(("send", send, world_size), ("recv", recv, world_size)),
+            Op::ReduceScatter { send: whole, recv: None, .. } | Op::AllGather { send: None, recv: whole }
+                if whole.numel() % world_size != 0 =>
+            {
+                wrong(
+                    format!("a buffer of {} elements", whole.numel()),
+                    format!("a multiple of the world size {world_size}"),
+                )
             }
             Op::Broadcast { root, .. } if *root >= world_size => {
                 wrong(format!("root {root}"), format!("a rank below {world_size}"))

@@ -1,9 +1,10 @@
 //! World size 1: every operation is a copy.
 
-use crate::{Collective, CollectiveError, Op, Pending, Region};
+use crate::call::Call;
+use crate::{Collective, CollectiveError, Op, Pending, Place};
 use std::time::Duration;
 
-/// The only rank of its world.
+/// The only rank of its world, over host memory.
 pub struct SingleCollective {
     deadline: Duration,
 }
@@ -16,6 +17,9 @@ impl SingleCollective {
 }
 
 impl Collective for SingleCollective {
+    fn backend(&self) -> &'static str {
+        "single"
+    }
     fn rank(&self) -> usize {
         0
     }
@@ -33,21 +37,21 @@ impl Collective for SingleCollective {
     }
 
     fn start(&self, op: Op) -> Result<Pending, CollectiveError> {
-        op.check(0, 1)?;
-        let (pending, completer) = Pending::new(0, op.name());
-        completer.complete(Ok(match op {
-            Op::AllReduce { buffer, .. } | Op::Broadcast { buffer, .. } => buffer,
-            Op::AllGather { send: None, recv } => recv,
-            Op::AllGather { send: Some(send), recv }
-            | Op::ReduceScatter { send, recv, .. }
-            | Op::AllToAll { send, recv } => {
-                // SAFETY: `check` made the sizes equal; the two regions are distinct memory that we own here.
-                unsafe { std::ptr::copy(send.as_ptr(), recv.as_ptr(), recv.len_bytes()) };
-                recv
-            }
-            Op::Barrier => Region::empty(),
-        }));
+        let call = Call::new(op, 0, 1, 0)?;
+        if call.place != Place::Host && !call.in_place {
+            return Err(CollectiveError::Place { rank: 0, op: call.name, backend: "single", found: call.place });
+        }
+        if !call.in_place {
+            // SAFETY: `Call` made the sizes equal; the two regions are distinct host memory that we own here.
+            unsafe { std::ptr::copy(call.from(0), call.to(0), call.numel * call.dtype.bytes()) };
+        }
+        let (pending, completer) = Pending::new(0, call.name);
+        completer.complete(Ok(call.into_result()));
         Ok(pending)
+    }
+
+    fn split(&self, _color: usize, _key: usize) -> Result<Box<dyn Collective>, CollectiveError> {
+        Ok(Box::new(Self::new(self.deadline)))
     }
 
     fn abort(&self, code: i32) -> ! {
@@ -57,9 +61,11 @@ impl Collective for SingleCollective {
 
 #[cfg(test)]
 mod tests {
+    use crate::conformance::{Host, run};
+
     #[test]
     fn passes_the_conformance_suite() {
         let single = super::SingleCollective::new(std::time::Duration::from_secs(5));
-        crate::conformance::run(&single).expect("conformance");
+        run(&single, &Host).expect("conformance");
     }
 }

@@ -4,7 +4,7 @@ mod host;
 
 pub use host::{batch_memory, upload};
 
-use collective::{Dtype, Region};
+use collective::{Dtype, Place, Region};
 use std::ffi::{CStr, c_char};
 use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
@@ -190,5 +190,5 @@ pub fn region(tensor: &Tensor) -> Region {
     let owner = Box::new(tensor.shallow_clone());
     // SAFETY: the shallow clone shares the storage and keeps it alive; callers leave the tensor alone until the
     // operation has completed (the step waits before it reads or writes a bucket).
-    unsafe { Region::from_raw(tensor.data_ptr().cast(), tensor.numel(), Dtype::F32, owner) }
+    unsafe { Region::from_raw(tensor.data_ptr().cast(), tensor.numel(), Dtype::F32, Place::Host, owner) }
 }
