@@ -37,7 +37,7 @@ impl Numbers {
     }
 
     /// The bytes of all numbers.
-    fn bytes(&self) -> &[u8] {
+    fn as_bytes(&self) -> &[u8] {
         match self {
             Self::F16(numbers) => cast_slice(numbers.reinterpret_cast()),
             Self::Bf16(numbers) => cast_slice(numbers.reinterpret_cast()),
@@ -158,6 +158,6 @@ impl RowBlock {
     pub(crate) fn copy_stored(&self, column: usize, index: usize, out: &mut [u8]) {
         let numel = self.latent_numel(index);
         let start = self.extents.offset(index) * (out.len() / numel);
-        out.copy_from_slice(&self.latents[column].bytes()[start..][..out.len()]);
+        out.copy_from_slice(&self.latents[column].as_bytes()[start..][..out.len()]);
     }
 }

@@ -3,7 +3,7 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::decode::Numbers;
+use crate::block::Numbers;
 
 impl Numbers {
     /// Numbers that are there.

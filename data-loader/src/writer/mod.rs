@@ -19,7 +19,7 @@ use parquet::arrow::ArrowWriter;
 pub use layout::WriterOptions;
 
 use crate::DataError;
-use crate::decode::Numbers;
+use crate::block::Numbers;
 use crate::form::shape_numel;
 
 /// Rows of a page, what a reader of a row range must fetch; so many are handed to the parquet writer at a time.
