@@ -8,13 +8,13 @@ use futures::StreamExt;
 use object_store::ObjectStore;
 use tokio::sync::OnceCell;
 
-use crate::Columns;
 use crate::footer::{Footer, SHAPE, VAE_DIGEST};
 use crate::form::{Dtype, Stored};
 use crate::layout::{needs_first_row, settle};
 use crate::read::Io;
 use crate::shapes::template_text;
 use crate::source::Location;
+use crate::{Columns, OpenOptions};
 use crate::{DataError, LaneSchedule, RowBlock, RowShapes, ScheduleOptions, Shapes};
 
 /// Footers that are fetched at the same time.
@@ -90,7 +90,15 @@ impl LatentDataset {
     /// # Errors
     /// If a file cannot be read or breaks the contract, if files disagree, or parts of a numbered set are missing.
     pub fn open(url: &str, columns: &Columns) -> Result<Self, DataError> {
-        Self::open_at(Location::parse(url)?, columns)
+        Self::open_with(url, &OpenOptions::of(columns))
+    }
+
+    /// [`LatentDataset::open`], with a cache or other bounds on time.
+    ///
+    /// # Errors
+    /// As [`LatentDataset::open`].
+    pub fn open_with(url: &str, options: &OpenOptions) -> Result<Self, DataError> {
+        Self::open_at(Location::parse(url, options)?, &options.columns)
     }
 
     /// The same in a store that the caller has made.
@@ -102,7 +110,20 @@ impl LatentDataset {
         path: object_store::path::Path,
         columns: &Columns,
     ) -> Result<Self, DataError> {
-        Self::open_at(Location::in_store(store, path), columns)
+        Self::open_in_with(store, path, &OpenOptions::of(columns))
+    }
+
+    /// [`LatentDataset::open_in`], with a cache or other bounds on time. In a cache, files of different stores must have different
+    /// paths or ETags.
+    ///
+    /// # Errors
+    /// As [`LatentDataset::open`].
+    pub fn open_in_with(
+        store: Arc<dyn ObjectStore>,
+        path: object_store::path::Path,
+        options: &OpenOptions,
+    ) -> Result<Self, DataError> {
+        Self::open_at(Location::in_store(store, path, options), &options.columns)
     }
 
     fn open_at(location: Location, columns: &Columns) -> Result<Self, DataError> {

@@ -22,6 +22,9 @@ pub enum DataError {
         /// The store's own words.
         source: object_store::Error,
     },
+    /// A remote file or folder cannot be read, or changed while it was read.
+    #[error(transparent)]
+    Remote(#[from] stores::ReadError),
     /// There is no parquet file at the location, or no row in the files.
     #[error("{url}: {what}; expected a .parquet file, or a folder with .parquet files in it (see `trainer encode`)")]
     NoData {

@@ -9,6 +9,7 @@ use parquet::file::metadata::PageIndexPolicy;
 
 use crate::Columns;
 use crate::DataError;
+use crate::access::out_of_parquet;
 use crate::form::{Dtype, Form, READABLE, shape_numel};
 use crate::source::{ObjectReader, SourceFile};
 
@@ -46,7 +47,7 @@ impl Footer {
             .catch_unwind()
             .await
             .map_err(|payload| DataError::panicked(&file.name, &*payload))?
-            .map_err(|error| damaged(error.to_string()))?;
+            .map_err(|error| out_of_parquet(error, damaged))?;
         for (index, group) in metadata.metadata().row_groups().iter().enumerate() {
             if group.num_rows() < 0 {
                 return Err(damaged(format!("row group {index} claims {} rows", group.num_rows())));

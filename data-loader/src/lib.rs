@@ -7,6 +7,7 @@
 //!
 //! The calls block; make them outside of an async runtime.
 
+mod access;
 mod block;
 mod dataset;
 mod decode;
@@ -29,6 +30,7 @@ mod stream;
 mod testing;
 mod writer;
 
+pub use access::OpenOptions;
 pub use block::RowBlock;
 pub use configs::Columns;
 pub use dataset::{DatasetMeta, LatentDataset, RowGroup};
@@ -38,5 +40,6 @@ pub use form::Dtype;
 pub use report::{ChannelStats, Inspection, ShapeCount, inspect, verify};
 pub use schedule::{EpochOrder, LaneSchedule, RowRun, ScheduleOptions};
 pub use shapes::{RowShapes, Shapes};
+pub use stores::BlockCache;
 pub use stream::{HostAllocator, HostMemory, Latents, MicroBatch, MicroBatchStream, PlainMemory, StreamOptions};
 pub use writer::{LatentRow, LatentWriter, Row, WriterOptions, WrittenPart};

@@ -12,6 +12,7 @@ use parquet::arrow::arrow_reader::RowSelection;
 use parquet::arrow::{ParquetRecordBatchStreamBuilder, ProjectionMask};
 use tokio::runtime::Runtime;
 
+use crate::access::out_of_parquet;
 use crate::block::Extents;
 use crate::decode::{self, BadRow, Dims, Flat};
 use crate::source::ObjectReader;
@@ -176,8 +177,8 @@ impl LatentDataset {
             reason,
         };
         let batches: Vec<RecordBatch> = match stream {
-            Ok(stream) => stream.try_collect().await.map_err(|error| failed(error.to_string()))?,
-            Err(error) => return Err(failed(error.to_string())),
+            Ok(stream) => stream.try_collect().await.map_err(|error| out_of_parquet(error, failed))?,
+            Err(error) => return Err(out_of_parquet(error, failed)),
         };
         let found: usize = batches.iter().map(RecordBatch::num_rows).sum();
         if found as u64 != rows {

@@ -10,14 +10,16 @@ use configs::location::{local_path, redact, resolve};
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use stores::{RangeReader, ReadError};
 use url::Url;
 
-use crate::DataError;
+use crate::access::{Remote, into_parquet};
+use crate::{DataError, OpenOptions};
 
 /// Bytes from the end of a file that are fetched first: the footer of most files in one request.
 const FOOTER_GUESS_BYTES: usize = 64 * 1024;
@@ -28,6 +30,8 @@ pub(crate) struct SourceFile {
     pub store: Arc<dyn ObjectStore>,
     pub path: Path,
     pub file_bytes: u64,
+    /// How it is read, unless it is local.
+    pub remote: Option<Remote>,
     /// For messages: the local path, or the redacted URL.
     pub name: String,
 }
@@ -40,14 +44,15 @@ pub(crate) struct Location {
     pub name: String,
     /// What goes in front of a path in the store to name a file.
     prefix: String,
-    local: bool,
+    /// Reads from the store, unless it is local.
+    reader: Option<Arc<RangeReader>>,
     /// Plain web servers cannot list.
     can_list: bool,
 }
 
 impl Location {
     /// Makes the store of a URL or path; no request is made. Credentials come from where [`stores`] takes them.
-    pub fn parse(text: &str) -> Result<Self, DataError> {
+    pub fn parse(text: &str, options: &OpenOptions) -> Result<Self, DataError> {
         let url_text = resolve(FsPath::new(""), text);
         let name = redact(&url_text);
         let refuse = |reason: String| DataError::Location { url: name.clone(), reason };
@@ -62,19 +67,21 @@ impl Location {
         let prefix = if local { "/".to_owned() } else { redact(&format!("{}/", &url[..url::Position::BeforePath])) };
         let name = if local { local_path(&url_text).map_or(name, |path| path.display().to_string()) } else { name };
         let can_list = !matches!(url.scheme(), "http" | "https");
-        Ok(Self { store, path, name, prefix, local, can_list })
+        let reader = (!local).then(|| options.reader(&store));
+        Ok(Self { store, path, name, prefix, reader, can_list })
     }
 
     /// A location in a store that the caller already has.
-    pub fn in_store(store: Arc<dyn ObjectStore>, path: Path) -> Self {
-        Self { store, name: path.to_string(), path, prefix: String::new(), local: false, can_list: true }
+    pub fn in_store(store: Arc<dyn ObjectStore>, path: Path, options: &OpenOptions) -> Self {
+        let reader = Some(options.reader(&store));
+        Self { store, name: path.to_string(), path, prefix: String::new(), reader, can_list: true }
     }
 
     /// The parquet files at the location: the file itself, or all below the folder, sorted by path.
     pub async fn files(&self) -> Result<Vec<SourceFile>, DataError> {
         let failed = |source| DataError::Store { file: self.name.clone(), source };
         let nothing = |what: &str| DataError::NoData { url: self.name.clone(), what: what.into() };
-        let is_folder = if self.local {
+        let is_folder = if self.reader.is_none() {
             let about = std::fs::metadata(&self.name).map_err(|e| match e.kind() {
                 std::io::ErrorKind::NotFound => nothing("no such file or folder"),
                 _ => DataError::Location { url: self.name.clone(), reason: e.to_string() },
@@ -84,17 +91,25 @@ impl Location {
             self.path.as_ref().is_empty()
         };
         if !is_folder {
-            match self.store.head(&self.path).await {
-                Ok(meta) => return Ok(vec![self.file(meta.location, meta.size)]),
-                Err(object_store::Error::NotFound { .. }) if self.can_list => {}
-                Err(error) => return Err(failed(error)),
+            let found = match &self.reader {
+                None => Some(self.store.head(&self.path).await.map_err(failed)?),
+                Some(reader) => match reader.look_up(&self.path, &self.name).await {
+                    Err(ReadError::Missing { .. }) if self.can_list => None,
+                    found => Some(found?),
+                },
+            };
+            if let Some(meta) = found {
+                return Ok(vec![self.file(meta)]);
             }
         }
-        let listed: Vec<_> = self.store.list(Some(&self.path)).try_collect().await.map_err(failed)?;
+        let listed: Vec<_> = match &self.reader {
+            None => self.store.list(Some(&self.path)).try_collect().await.map_err(failed)?,
+            Some(reader) => reader.list(&self.path, &self.name).await?,
+        };
         let mut files: Vec<SourceFile> = listed
             .into_iter()
             .filter(|meta| is_data_file(&self.path, &meta.location))
-            .map(|meta| self.file(meta.location, meta.size))
+            .map(|meta| self.file(meta))
             .collect();
         if files.is_empty() {
             return Err(nothing("no .parquet file found"));
@@ -107,9 +122,10 @@ impl Location {
         Ok(files)
     }
 
-    fn file(&self, path: Path, file_bytes: u64) -> SourceFile {
-        let name = format!("{}{path}", self.prefix);
-        SourceFile { store: self.store.clone(), path, file_bytes, name }
+    fn file(&self, meta: ObjectMeta) -> SourceFile {
+        let name = format!("{}{}", self.prefix, meta.location);
+        let remote = self.reader.as_ref().map(|reader| Remote::new(reader, &meta, &name));
+        SourceFile { store: self.store.clone(), path: meta.location, file_bytes: meta.size, remote, name }
     }
 }
 
@@ -159,11 +175,18 @@ pub(crate) struct ObjectReader(pub SourceFile);
 
 impl AsyncFileReader for ObjectReader {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, parquet::errors::Result<Bytes>> {
-        async move { Ok(self.0.store.get_range(&self.0.path, range).await?) }.boxed()
+        let one = self.get_byte_ranges(vec![range]);
+        async move { Ok(one.await?.swap_remove(0)) }.boxed()
     }
 
     fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, parquet::errors::Result<Vec<Bytes>>> {
-        async move { self.0.store.get_ranges(&self.0.path, &ranges).await.map_err(ParquetError::from) }.boxed()
+        async move {
+            match &self.0.remote {
+                None => self.0.store.get_ranges(&self.0.path, &ranges).await.map_err(ParquetError::from),
+                Some(Remote { reader, object }) => reader.read(object, &ranges).await.map_err(into_parquet),
+            }
+        }
+        .boxed()
     }
 
     fn get_metadata<'a>(

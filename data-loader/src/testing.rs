@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use object_store::memory::InMemory;
@@ -16,8 +18,9 @@ use object_store::{
     CopyOptions, GetOptions, GetRange, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
+use stores::ReadOptions;
 
-use crate::{Columns, LatentDataset, LatentRow, LatentWriter, WriterOptions};
+use crate::{LatentDataset, LatentRow, LatentWriter, OpenOptions, WriterOptions};
 
 /// A row as written: mean, log-variance, and the same of the mirrored image where stored.
 pub struct Sample {
@@ -89,7 +92,9 @@ impl FaultyStore {
         write(&path, options.clone(), &samples(150, &options));
         let store = Arc::new(Self::default());
         store.put_bytes("set/a.parquet", std::fs::read(&path).unwrap());
-        let dataset = LatentDataset::open_in(store.clone(), Path::from("set"), &Columns::default()).unwrap();
+        let read = ReadOptions { tries: 2, pause: Duration::from_millis(1), ..ReadOptions::default() };
+        let options = OpenOptions { read, ..OpenOptions::default() };
+        let dataset = LatentDataset::open_in_with(store.clone(), Path::from("set"), &options).unwrap();
         (store, Arc::new(dataset))
     }
 
