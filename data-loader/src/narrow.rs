@@ -15,8 +15,8 @@ impl Numbers {
         }
     }
 
-    /// Their bytes.
-    pub fn bytes(&self) -> usize {
+    /// How many bytes they take.
+    pub fn byte_len(&self) -> usize {
         match self {
             Self::F16(_) | Self::Bf16(_) => self.len() * 2,
             Self::F32(_) => self.len() * 4,

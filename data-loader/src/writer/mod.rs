@@ -235,7 +235,7 @@ impl Waiting {
     }
 
     fn bytes(&self) -> usize {
-        self.latents.iter().map(Numbers::bytes).sum()
+        self.latents.iter().map(Numbers::byte_len).sum()
     }
 
     /// `Err` with latent column, position and number, if the number type cannot hold one; nothing is appended then.
