@@ -152,7 +152,7 @@ impl ObjectStore for FaultyStore {
         match &options.range {
             Some(GetRange::Bounded(range)) => self.record(location, [range.clone()]),
             None if options.head => {}
-            _ => self.record(location, [0..u64::MAX]),
+            _ => self.record(location, std::iter::once(0..u64::MAX)),
         }
         self.inner.get_opts(location, options).await
     }
