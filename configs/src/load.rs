@@ -170,7 +170,7 @@ fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
             id: r.text("data.columns.id", &names.id),
             shape: r.text("data.columns.shape", &names.shape),
         },
-        flip: r.boolean("data.flip", false),
+        flip: r.flag_or_choice("data.flip", [Flip::Never, Flip::Stored], &[("latent", Flip::Latent)]),
         scaling_factor: r.optional_float("data.scaling_factor", POSITIVE),
     }
 }

@@ -135,6 +135,7 @@ fn wrong_types_and_ranges_are_refused() {
         ("sample.cfg_channels=three", "not one of the choices"),
         ("sample.eta=2", "out of range"),
         ("data.columns.id=", "is empty"),
+        ("data.flip=sometimes", "not one of the choices"),
         ("run.url=", "is empty"),
         ("data.url=http://[::1/x", "not a valid URL"),
         ("sample.vae=s3://bucket/vae", "not a folder on this machine"),
@@ -145,6 +146,18 @@ fn wrong_types_and_ranges_are_refused() {
     ] {
         let mistakes = load(SMALL, &[given]).unwrap_err();
         assert!(mistakes[0].problem.contains(problem), "{given}: {mistakes:#?}");
+    }
+}
+
+#[test]
+fn flips_are_off_stored_or_of_the_latent() {
+    for (given, flip, recorded) in [
+        (&[][..], Flip::Never, serde_json::json!(false)),
+        (&["data.flip=true"], Flip::Stored, serde_json::json!(true)),
+        (&["data.flip=latent"], Flip::Latent, serde_json::json!("latent")),
+    ] {
+        let config = load(SMALL, given).unwrap();
+        assert_eq!((config.data.flip, &config.to_json()["data"]["flip"]), (flip, &recorded));
     }
 }
 

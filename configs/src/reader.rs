@@ -179,6 +179,21 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// `false`, `true` or one of a few words; `of_flags` are what the first two stand for, and `false` is the default.
+    pub(crate) fn flag_or_choice<T: Copy>(&mut self, key: &'static str, of_flags: [T; 2], choices: &[(&str, T)]) -> T {
+        let found = match self.take(key) {
+            None => return of_flags[0],
+            Some(Value::Boolean(flag)) => return of_flags[usize::from(*flag)],
+            Some(Value::String(text)) => choices.iter().find(|(name, _)| name == text).map(|(_, choice)| *choice),
+            Some(_) => None,
+        };
+        found.unwrap_or_else(|| {
+            let names: Vec<String> = choices.iter().map(|(name, _)| format!("\"{name}\"")).collect();
+            self.refuse(key, "is not one of the choices", format!("use false, true or {}", names.join(" or ")));
+            of_flags[0]
+        })
+    }
+
     pub(crate) fn text(&mut self, key: &'static str, default: &str) -> String {
         let text = self.optional_text(key).unwrap_or_else(|| default.to_owned());
         if text.is_empty() && self.given(key) && self.sound(&[key]) {

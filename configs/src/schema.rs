@@ -85,10 +85,32 @@ pub struct DataConfig {
     pub prefetch_bytes: u64,
     /// Names of the columns in the parquet files.
     pub columns: Columns,
-    /// Use the mirrored latents with probability one half.
-    pub flip: bool,
+    /// Mirror with probability one half.
+    pub flip: Flip,
     /// Factor that stored latents are multiplied with; must equal the data set's metadata if that has one. Above 0.
     pub scaling_factor: Option<f64>,
+}
+
+/// `data.flip`: how an image is mirrored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flip {
+    /// `false`: not at all.
+    Never,
+    /// `true`: by the latents of the mirrored image, which the files must have.
+    Stored,
+    /// `"latent"`: the latent itself, along its last dimension; right only as far as the VAE's latents of a mirrored image are
+    /// the mirrored latents.
+    Latent,
+}
+
+impl Serialize for Flip {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Flip::Never => serializer.serialize_bool(false),
+            Flip::Stored => serializer.serialize_bool(true),
+            Flip::Latent => serializer.serialize_str("latent"),
+        }
+    }
 }
 
 /// `[data.columns]`: names of the parquet columns.

@@ -15,7 +15,7 @@ use crate::read::Io;
 use crate::shapes::template_text;
 use crate::source::Location;
 use crate::{Columns, OpenOptions};
-use crate::{DataError, LaneSchedule, RowBlock, RowShapes, ScheduleOptions, Shapes};
+use crate::{DataError, LaneSchedule, RowBlock, RowOrder, RowShapes, ScheduleOptions, Shapes};
 
 /// Footers that are fetched at the same time.
 const FOOTERS_AT_ONCE: usize = 16;
@@ -257,6 +257,20 @@ impl LatentDataset {
     pub fn schedule(&self, options: ScheduleOptions) -> Result<LaneSchedule, DataError> {
         let rows: Vec<u64> = self.row_groups.iter().map(|group| group.rows).collect();
         LaneSchedule::new(options, &rows)
+    }
+
+    /// Deals this data set's rows; in micro-batches of one shape each where rows have shapes of their own, which are read
+    /// for that.
+    ///
+    /// # Errors
+    /// As [`LaneSchedule::new`], [`RowOrder::bucketed`] and [`LatentDataset::row_shapes`].
+    pub fn order(&self, options: ScheduleOptions) -> Result<RowOrder, DataError> {
+        if self.meta.shapes == Shapes::Same {
+            return Ok(self.schedule(options)?.into());
+        }
+        let rows: Vec<u64> = self.row_groups.iter().map(|group| group.rows).collect();
+        let shapes = self.row_shapes()?;
+        RowOrder::bucketed(options, &rows, shapes.shapes().len(), |row| shapes.index(row))
     }
 
     /// The factor to multiply stored latents with: the metadata's, else the config's, else 1.

@@ -40,6 +40,14 @@ pub enum Purpose {
     ValidationPosterior = 13,
     /// The label of a sample, where labels are drawn; `counter` = the sample's number.
     SampleLabel = 15,
+    /// Which source of a mix a lane's rows come from; `counter` = block. With `index` 1 the seed of a source's own order;
+    /// `counter` = source.
+    Mix = 16,
+    /// Which bucket of shapes the lanes read at the steps of an epoch; `counter` = epoch. With `index` 1 the seed of a
+    /// bucket's own order; `counter` = bucket.
+    Bucket = 18,
+    /// The row that stands in for one of a broken row group; `counter` = epoch, `lane` = source or bucket, `index` = row.
+    Replacement = 19,
 }
 
 /// The key of a stream of draws.

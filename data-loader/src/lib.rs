@@ -1,14 +1,15 @@
 //! Parquet latents to lanes to micro-batches, in plain host memory.
 //!
 //! [`LatentDataset`] reads the footers of parquet files anywhere `object_store` reaches and decodes chosen rows.
-//! [`LaneSchedule`] is arithmetic: which rows lane `l` reads at step `s`. [`MicroBatchStream`] puts the two together on a
-//! background thread. [`LatentDataset::fixed_rows`] reads chosen rows once, for validation. [`LatentWriter`] writes the files. [`draws`] holds the keyed random numbers that all of it, and the
+//! [`RowOrder`] is arithmetic: which rows lane `l` reads at step `s`, of one data set or of a mix. [`MicroBatchStream`] puts the
+//! two together on a background thread. [`LatentDataset::fixed_rows`] reads chosen rows once, for validation. [`LatentWriter`] writes the files. [`draws`] holds the keyed random numbers that all of it, and the
 //! trainer, uses.
 //!
 //! The calls block; make them outside of an async runtime.
 
 mod access;
 mod block;
+mod buckets;
 mod dataset;
 mod decode;
 pub mod draws;
@@ -17,7 +18,9 @@ mod fixed;
 mod footer;
 mod form;
 mod layout;
+mod mix;
 mod narrow;
+mod order;
 #[cfg(test)]
 mod properties;
 mod read;
@@ -32,14 +35,17 @@ mod writer;
 
 pub use access::OpenOptions;
 pub use block::RowBlock;
-pub use configs::Columns;
+pub use configs::{Columns, Flip};
 pub use dataset::{DatasetMeta, LatentDataset, RowGroup};
 pub use error::DataError;
 pub use fixed::{FixedOptions, FixedRows};
 pub use form::Dtype;
+pub use order::{MixedSource, RowOrder};
 pub use report::{ChannelStats, Inspection, ShapeCount, inspect, verify};
 pub use schedule::{EpochOrder, LaneSchedule, RowRun, ScheduleOptions};
 pub use shapes::{RowShapes, Shapes};
 pub use stores::BlockCache;
-pub use stream::{HostAllocator, HostMemory, Latents, MicroBatch, MicroBatchStream, PlainMemory, StreamOptions};
+pub use stream::{
+    HostAllocator, HostMemory, Latents, MicroBatch, MicroBatchStream, PlainMemory, StreamOptions, StreamSource,
+};
 pub use writer::{LatentRow, LatentWriter, Row, WriterOptions, WrittenPart};

@@ -9,7 +9,8 @@ use proptest::prelude::*;
 
 use crate::testing::{FaultyStore, samples, write};
 use crate::{
-    Columns, LaneSchedule, LatentDataset, MicroBatchStream, PlainMemory, ScheduleOptions, StreamOptions, WriterOptions,
+    Columns, Flip, LaneSchedule, LatentDataset, MicroBatchStream, PlainMemory, ScheduleOptions, StreamOptions,
+    StreamSource, WriterOptions,
 };
 
 /// `cases` unless the environment says otherwise; failures are printed with their input, not kept in files.
@@ -113,16 +114,17 @@ proptest! {
         let (store, dataset) = store_of(&files);
         let Ok(schedule) = dataset.schedule(options) else { return Ok(()) };
         let end = resume + steps;
+        let sources = vec![StreamSource { dataset: dataset.clone(), scaling_factor: 1.0 }];
         for ranks_log2 in 0..=options.lanes.ilog2() {
             let lanes_of_rank = options.lanes >> ranks_log2;
             for first_lane in (0..options.lanes).step_by(lanes_of_rank) {
                 let lanes = first_lane..first_lane + lanes_of_rank;
                 store.take_requests();
                 let of_stream = StreamOptions {
-                    prefetch_bytes: 1 << 20, flip: false, scaling_factor: 1.0, num_classes: Some(10), allocator: &PlainMemory,
+                    prefetch_bytes: 1 << 20, flip: Flip::Never, num_classes: Some(10), allocator: &PlainMemory,
                 };
                 let mut stream =
-                    MicroBatchStream::start(dataset.clone(), schedule.clone(), lanes.clone(), resume, end, of_stream).unwrap();
+                    MicroBatchStream::start(sources.clone(), schedule.clone(), lanes.clone(), resume, end, of_stream).unwrap();
                 for step in resume..end {
                     for lane in lanes.clone() {
                         let batch = stream.next().unwrap();
@@ -131,7 +133,6 @@ proptest! {
                     }
                 }
                 drop(stream);
-                // The windows that hold the steps, to their ends.
                 let mut allowed = HashSet::new();
                 for lane in lanes {
                     allowed.extend(rows_left(&schedule, lane, resume..end).into_iter().map(|row| dataset.group_of(row)));
@@ -143,12 +144,10 @@ proptest! {
     }
 }
 
-/// The rows of a lane's windows that hold `steps`.
+/// The rows from the first of `steps` to the end of the lane's window that the last is in.
 fn rows_left(schedule: &LaneSchedule, lane: usize, steps: Range<u64>) -> Vec<u64> {
     let last = schedule.positions(steps.end - 1);
     let (_, window) = schedule.window_of(last.end - 1);
     let later = (window.end - last.end).div_ceil(last.end - last.start);
-    let (_, first) = schedule.window_of(schedule.positions(steps.start).start);
-    let earlier = (schedule.positions(steps.start).start - first.start).div_ceil(last.end - last.start);
-    (steps.start - earlier..steps.end + later).flat_map(|step| schedule.rows_of(step, lane)).collect()
+    (steps.start..steps.end + later).flat_map(|step| schedule.rows_of(step, lane)).collect()
 }

@@ -1,7 +1,7 @@
 //! Micro-batches in the order in which a rank computes them, read ahead on a background thread.
 //!
 //! Memory: at most `prefetch_bytes` of finished micro-batches (one is always allowed), plus, for each lane of the rank, one
-//! shuffle window of latents as stored (two while a micro-batch straddles them).
+//! shuffle window of latents as stored of every data set or shape (two while a micro-batch straddles them).
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -16,22 +16,29 @@ use tokio::sync::watch;
 use crate::RowBlock;
 use crate::draws::{Key, Purpose, fill_normal};
 use crate::fixed::add_posterior_noise;
-use crate::schedule::EpochOrder;
-use crate::{DataError, Dtype, LaneSchedule, LatentDataset};
+use crate::order::{Memo, Pick};
+use crate::{DataError, Dtype, Flip, LatentDataset, RowOrder, RowRun};
 
 mod buffers;
 
 pub use buffers::{HostAllocator, HostMemory, Latents, PlainMemory};
+
+/// One data set that a stream reads from.
+#[derive(Clone, Debug)]
+pub struct StreamSource {
+    /// The rows.
+    pub dataset: Arc<LatentDataset>,
+    /// What latents are multiplied by; see [`LatentDataset::scaling_factor`].
+    pub scaling_factor: f64,
+}
 
 /// How latents become `x_start`, and how far to read ahead.
 #[derive(Clone, Copy)]
 pub struct StreamOptions {
     /// Most bytes of finished micro-batches that wait to be taken; one may always wait.
     pub prefetch_bytes: usize,
-    /// Take the stored mirrored latent with probability 0.5.
-    pub flip: bool,
-    /// What latents are multiplied by; see [`LatentDataset::scaling_factor`].
-    pub scaling_factor: f64,
+    /// Take the mirrored latent with probability 0.5.
+    pub flip: Flip,
     /// Labels must lie in `0..num_classes`; `None` takes the metadata's number.
     pub num_classes: Option<usize>,
     /// Where the memory of micro-batches comes from; [`PlainMemory`] unless a device wants page-locked memory.
@@ -47,10 +54,23 @@ pub struct MicroBatch {
     pub lane: usize,
     /// Latents `[micro_batch, latent_shape…]`: flip and posterior sample drawn.
     pub x_start: Latents,
+    /// The shape of each latent.
+    pub latent_shape: Vec<usize>,
     /// Classes `[micro_batch]`.
     pub labels: Vec<i64>,
     /// Data set row numbers `[micro_batch]`.
     pub rows: Vec<u64>,
+    /// The numbers of the sources of the rows `[micro_batch]`.
+    pub sources: Vec<u32>,
+}
+
+impl MicroBatch {
+    /// A micro-batch that comes from no data set: latents `[labels.len(), …]` that are used as they are.
+    pub fn of(step: u64, lane: usize, x_start: &[f32], labels: Vec<i64>) -> Self {
+        let (rows, sources) = (vec![0; labels.len()], vec![0; labels.len()]);
+        let latent_shape = vec![x_start.len() / labels.len().max(1)];
+        Self { step, lane, x_start: x_start.into(), latent_shape, labels, rows, sources }
+    }
 }
 
 /// The micro-batches of a rank's lanes, in order of (step, lane).
@@ -92,48 +112,37 @@ impl Shared {
 }
 
 impl MicroBatchStream {
-    /// Starts to read the micro-batches of `lanes` for steps `first_step .. end_step`. Nothing of earlier steps is read.
+    /// Starts to read the micro-batches of `lanes` for steps `first_step .. end_step`. Nothing that earlier steps read is
+    /// read.
     ///
     /// # Errors
-    /// If the schedule is of another data set, a lane does not exist, or flips are asked for and not stored.
+    /// If the order is of other data sets, the sources do not go together, a lane does not exist, or flips are asked for
+    /// and not stored.
     pub fn start(
-        dataset: Arc<LatentDataset>,
-        schedule: LaneSchedule,
+        sources: Vec<StreamSource>,
+        order: impl Into<RowOrder>,
         lanes: Range<usize>,
         first_step: u64,
         end_step: u64,
         options: StreamOptions,
     ) -> Result<Self, DataError> {
-        let refuse = |reason: String| Err(DataError::Request { url: dataset.name().to_owned(), reason });
-        if schedule.rows() != dataset.meta().rows {
-            return refuse(format!(
-                "the schedule deals {} rows; the data set has {}",
-                schedule.rows(),
-                dataset.meta().rows
-            ));
-        }
-        if lanes.is_empty() || lanes.end > schedule.options().lanes {
-            return refuse(format!("lanes {lanes:?} were asked for; there are {}", schedule.options().lanes));
-        }
-        dataset.require_one_shape("a micro-batch")?;
-        if options.flip && !dataset.meta().flipped {
-            return refuse("`data.flip` = true, but the files have no latents of the mirrored images; encode with mirrored copies, or set it to false".into());
-        }
-        if !options.scaling_factor.is_finite() || options.scaling_factor <= 0.0 {
-            return refuse(format!("the scaling factor is {}; expected a positive number", options.scaling_factor));
-        }
+        let order = order.into();
+        check(&sources, &order, &lanes, &options)?;
         let shared = Arc::new(Shared::default());
         let (stop, stopped) = watch::channel(false);
-        let name = dataset.name().to_owned();
-        let readers = lanes.map(|lane| LaneReader { lane, windows: VecDeque::new() }).collect();
+        let names: Vec<&str> = sources.iter().map(|source| source.dataset.name()).collect();
+        let name = names.join(", ");
+        let windows = || (0..order.parts()).map(|_| VecDeque::new()).collect();
+        let readers = lanes.map(|lane| LaneReader { lane, windows: windows() }).collect();
         let producer = Producer {
-            dataset,
-            schedule,
+            sources,
+            order,
             readers,
             options,
             shared: shared.clone(),
             stopped,
-            epoch: None,
+            memo: Memo::default(),
+            picks: Vec::new(),
             noise: Vec::new(),
             logvar: Vec::new(),
         };
@@ -211,35 +220,90 @@ fn finish(shared: &Shared, outcome: Result<Result<(), DataError>, Box<dyn Any + 
 }
 
 fn bytes_of(batch: &MicroBatch) -> usize {
-    batch.x_start.bytes().len() + size_of_val(&batch.labels[..]) + size_of_val(&batch.rows[..])
+    batch.x_start.bytes().len()
+        + size_of_val(&batch.labels[..])
+        + size_of_val(&batch.rows[..])
+        + size_of_val(&batch.sources[..])
+}
+
+/// Refuses what cannot be streamed, before anything is read.
+fn check(
+    sources: &[StreamSource],
+    order: &RowOrder,
+    lanes: &Range<usize>,
+    options: &StreamOptions,
+) -> Result<(), DataError> {
+    let Some(first) = sources.first().filter(|_| sources.len() == order.sources()) else {
+        let reason = format!("{} data sets were given; the order is of {}", sources.len(), order.sources());
+        return Err(DataError::Schedule(reason));
+    };
+    for (number, StreamSource { dataset, scaling_factor }) in sources.iter().enumerate() {
+        let refuse = |reason: String| Err(DataError::Request { url: dataset.name().to_owned(), reason });
+        let (found, expected) = (dataset.meta(), first.dataset.meta());
+        let rows = order.source_rows(number);
+        if rows != found.rows {
+            return refuse(format!("the schedule deals {rows} rows; the data set has {}", found.rows));
+        }
+        if found.latent_shape != expected.latent_shape {
+            return refuse(format!(
+                "latents have shape {:?}, but those of {} have {:?}; data sets of one mix must agree",
+                found.latent_shape,
+                first.dataset.name(),
+                expected.latent_shape
+            ));
+        }
+        if !order.has_buckets() {
+            dataset.require_one_shape("a micro-batch")?;
+        }
+        if options.flip == Flip::Stored && !found.flipped {
+            return refuse(
+                "`data.flip` = true, but the files have no latents of the mirrored images; encode with mirrored copies, or set it to false, or to \"latent\" if the VAE allows it".into(),
+            );
+        }
+        if !scaling_factor.is_finite() || *scaling_factor <= 0.0 {
+            return refuse(format!("the scaling factor is {scaling_factor}; expected a positive number"));
+        }
+        if lanes.is_empty() || lanes.end > order.options().lanes {
+            return refuse(format!("lanes {lanes:?} were asked for; there are {}", order.options().lanes));
+        }
+    }
+    Ok(())
 }
 
 /// The background thread.
 struct Producer {
-    dataset: Arc<LatentDataset>,
-    schedule: LaneSchedule,
+    sources: Vec<StreamSource>,
+    order: RowOrder,
     readers: Vec<LaneReader>,
     options: StreamOptions,
     shared: Arc<Shared>,
     stopped: watch::Receiver<bool>,
-    epoch: Option<EpochOrder>,
+    memo: Memo,
+    picks: Vec<Pick>,
     noise: Vec<f32>,
     logvar: Vec<f32>,
 }
 
 struct LaneReader {
     lane: usize,
-    windows: VecDeque<Window>,
+    /// Of each part.
+    windows: Vec<VecDeque<Window>>,
 }
 
-/// A shuffle window of a lane, in memory.
+/// What is left to read of a lane's shuffle window of a part, in memory.
 struct Window {
-    epoch: u64,
-    /// Positions in the lane.
+    /// Positions in the lane's walk.
     positions: Range<u64>,
-    /// Position `positions.start + i` reads row `order[i]` of the block.
-    order: Vec<u32>,
+    /// Position `positions.start + i` reads row `slots[i]` of the block.
+    slots: Vec<u32>,
     block: RowBlock,
+}
+
+impl Window {
+    /// The row of the block at a position that the window has.
+    fn slot(&self, position: u64) -> usize {
+        self.slots[(position - self.positions.start) as usize] as usize
+    }
 }
 
 impl Producer {
@@ -260,20 +324,20 @@ impl Producer {
 
     /// Brings the windows that a lane needs at a step into memory; `false` if the consumer has gone meanwhile.
     fn load(&mut self, step: u64, reader: usize) -> Result<bool, DataError> {
-        let epoch = self.schedule.epoch_of(step);
-        let lane = self.readers[reader].lane;
-        let positions = self.schedule.positions(step);
-        let windows = &mut self.readers[reader].windows;
-        windows.retain(|window| window.epoch == epoch && window.positions.end > positions.start);
-        let mut next = windows.back().map_or(positions.start, |window| window.positions.end);
-        while next < positions.end {
-            if self.epoch.as_ref().is_none_or(|order| order.epoch() != epoch) {
-                self.epoch = Some(self.schedule.epoch_order(epoch));
+        let LaneReader { lane, windows } = &mut self.readers[reader];
+        self.order.picks(&mut self.memo, step, *lane, &mut self.picks);
+        let mut first_of_part = vec![true; windows.len()];
+        for &pick in &self.picks {
+            let windows = &mut windows[pick.part];
+            if std::mem::take(&mut first_of_part[pick.part]) {
+                windows.retain(|window| window.positions.end > pick.position);
             }
-            let Some(order) = &self.epoch else { unreachable!("set above") };
-            let (number, window) = self.schedule.window_of(next);
-            let runs = order.runs(self.schedule.virtual_rows(lane, &window));
-            let (dataset, stopped) = (&self.dataset, &mut self.stopped);
+            if windows.iter().any(|window| window.positions.contains(&pick.position)) {
+                continue;
+            }
+            let wanted = self.order.window(&mut self.memo, *lane, pick);
+            let (runs, slots) = gather(&wanted.rows);
+            let (dataset, stopped) = (&self.sources[self.order.part(pick.part).source].dataset, &mut self.stopped);
             let block = dataset.io.block_on(async {
                 tokio::select! {
                     block = dataset.read_runs(&runs, false) => Some(block),
@@ -284,74 +348,107 @@ impl Producer {
             let Some(block) = block else { return Ok(false) };
             let block = block?;
             dataset.check_labels(&block, self.options.num_classes)?;
-            let order = self.schedule.window_order(epoch, lane, number, window.end - window.start);
-            next = window.end;
-            self.readers[reader].windows.push_back(Window { epoch, positions: window, order, block });
+            windows.push_back(Window { positions: wanted.positions, slots, block });
         }
         Ok(true)
     }
 
+    /// The number type of a micro-batch, and what its numbers are still to be multiplied by: as stored where all sources
+    /// have the same, else as the model takes them.
+    fn stored_form(&self) -> Option<(Dtype, f32)> {
+        let form = |source: &StreamSource| (source.dataset.meta().dtype, source.scaling_factor as f32);
+        let first = form(&self.sources[0]);
+        let plain = |source: &StreamSource| !source.dataset.meta().moments && form(source) == first;
+        self.sources.iter().all(plain).then_some(first)
+    }
+
     /// Memory for a micro-batch: one that was given back, or new.
-    fn buffer(&self, step: u64, lane: usize) -> Result<MicroBatch, DataError> {
-        let meta = self.dataset.meta();
-        let numel = self.schedule.options().micro_batch * self.dataset.latent_numel();
-        let scale = self.options.scaling_factor as f32;
-        let (dtype, scale) = if meta.moments { (Dtype::F32, 1.0) } else { (meta.dtype, scale) };
-        let (spare, mut labels, mut rows) = match self.shared.lock().spare.pop() {
-            Some(MicroBatch { x_start, labels, rows, .. }) => (x_start.reuse(dtype, numel, scale), labels, rows),
-            None => (None, Vec::new(), Vec::new()),
+    fn buffer(&self, step: u64, lane: usize, latent_shape: &[usize]) -> Result<MicroBatch, DataError> {
+        let numel = self.order.options().micro_batch * latent_shape.iter().product::<usize>();
+        let (dtype, scale) = self.stored_form().unwrap_or((Dtype::F32, 1.0));
+        let spare = self.shared.lock().spare.pop();
+        let (memory, mut batch) = match spare {
+            Some(MicroBatch { x_start, labels, rows, sources, latent_shape, .. }) => {
+                (x_start.reuse(dtype, numel, scale), (labels, rows, sources, latent_shape))
+            }
+            None => Default::default(),
         };
-        labels.clear();
-        rows.clear();
-        let x_start = spare
+        let x_start = memory
             .map_or_else(|| Latents::allocate(self.options.allocator, dtype, numel, scale), Ok)
             .map_err(|reason| DataError::Request {
-                url: self.dataset.name().to_owned(),
+                url: self.sources[0].dataset.name().to_owned(),
                 reason: format!("no memory for a micro-batch: {reason}"),
             })?;
-        Ok(MicroBatch { step, lane, x_start, labels, rows })
+        batch.0.clear();
+        batch.1.clear();
+        batch.2.clear();
+        batch.3.clear();
+        batch.3.extend_from_slice(latent_shape);
+        let (labels, rows, sources, latent_shape) = batch;
+        Ok(MicroBatch { step, lane, x_start, latent_shape, labels, rows, sources })
     }
 
     /// Makes a micro-batch of loaded rows: a pure function of the rows, the seed, the step and the lane.
     fn assemble(&mut self, step: u64, reader: usize) -> Result<MicroBatch, DataError> {
         let LaneReader { lane, windows } = &self.readers[reader];
-        let mut batch = self.buffer(step, *lane)?;
-        let (numel, micro_batch, meta) =
-            (self.dataset.latent_numel(), self.schedule.options().micro_batch, self.dataset.meta());
-        let key = |purpose| Key::new(self.schedule.options().seed, purpose, step).lane(*lane);
-        let scale = self.options.scaling_factor as f32;
+        // `load` has brought the window of every row of this step.
+        let window_of = |pick: &Pick| {
+            let found = windows[pick.part].iter().find(|window| window.positions.contains(&pick.position));
+            found.unwrap_or_else(|| unreachable!("window loaded"))
+        };
+        let first = window_of(&self.picks[0]);
+        let shape = first.block.latent_shape(first.slot(self.picks[0].position));
+        let mut batch = self.buffer(step, *lane, shape)?;
+        let micro_batch = self.picks.len();
+        let numel = batch.x_start.numel() / micro_batch;
+        let width = shape.last().copied().unwrap_or(1);
+        let key = |purpose| Key::new(self.order.options().seed, purpose, step).lane(*lane);
         let mut eps = std::mem::take(&mut self.noise);
         let mut logvar = std::mem::take(&mut self.logvar);
-        if meta.moments {
+        if self.sources.iter().any(|source| source.dataset.meta().moments) {
             eps.resize(micro_batch * numel, 0.0);
             logvar.resize(numel, 0.0);
             fill_normal(key(Purpose::Posterior), &mut eps);
         }
         let mut flips = key(Purpose::Flip).rng();
-        let columns_per_image = if meta.moments { 2 } else { 1 };
-        let row_bytes = numel * batch.x_start.dtype().bytes();
-        for (i, position) in self.schedule.positions(step).enumerate() {
-            // `load` has brought the window of every position of this step.
-            let Some(window) = windows.iter().find(|window| window.positions.contains(&position)) else {
-                unreachable!("window loaded")
-            };
-            let at = window.order[(position - window.positions.start) as usize] as usize;
-            let flipped = self.options.flip && flips.next_u32() >> 31 == 1;
-            let column = if flipped { columns_per_image } else { 0 };
-            match batch.x_start.f32_mut().filter(|_| meta.moments) {
+        let as_stored = self.stored_form().is_some();
+        let number_bytes = batch.x_start.dtype().bytes();
+        for (i, pick) in self.picks.iter().enumerate() {
+            let (window, number) = (window_of(pick), self.order.part(pick.part).source);
+            let (at, block) = (window.slot(pick.position), &window.block);
+            let StreamSource { dataset, scaling_factor } = &self.sources[number];
+            let moments = dataset.meta().moments;
+            let flipped = self.options.flip != Flip::Never && flips.next_u32() >> 31 == 1;
+            let mirror = flipped && self.options.flip == Flip::Latent;
+            let columns_per_image = if moments { 2 } else { 1 };
+            let column = if flipped && !mirror { columns_per_image } else { 0 };
+            match batch.x_start.f32_mut().filter(|_| !as_stored) {
                 None => {
-                    window.block.copy_stored(column, at, &mut batch.x_start.bytes_mut()[i * row_bytes..][..row_bytes])
+                    let bytes = &mut batch.x_start.bytes_mut()[i * numel * number_bytes..][..numel * number_bytes];
+                    block.copy_stored(column, at, bytes);
+                    if mirror {
+                        mirror_bytes(bytes, width, number_bytes);
+                    }
                 }
                 Some(x_start) => {
                     let x = &mut x_start[i * numel..][..numel];
-                    window.block.latent(column, at, x);
-                    window.block.latent(column + 1, at, &mut logvar);
-                    add_posterior_noise(x, &logvar, &eps[i * numel..]);
-                    x.iter_mut().for_each(|x| *x *= scale);
+                    block.latent(column, at, x);
+                    if mirror {
+                        x.chunks_mut(width).for_each(<[f32]>::reverse);
+                    }
+                    if moments {
+                        block.latent(column + 1, at, &mut logvar);
+                        if mirror {
+                            logvar.chunks_mut(width).for_each(<[f32]>::reverse);
+                        }
+                        add_posterior_noise(x, &logvar, &eps[i * numel..]);
+                    }
+                    x.iter_mut().for_each(|x| *x *= *scaling_factor as f32);
                 }
             }
-            batch.labels.push(window.block.labels()[at]);
-            batch.rows.push(window.block.rows()[at]);
+            batch.labels.push(block.labels()[at]);
+            batch.rows.push(block.rows()[at]);
+            batch.sources.push(number as u32);
         }
         (self.noise, self.logvar) = (eps, logvar);
         Ok(batch)
@@ -371,6 +468,31 @@ impl Producer {
         state.ready.push_back(Ok(batch));
         self.shared.changed.notify_all();
         true
+    }
+}
+
+/// The rows in ascending order, each once, as runs; and where each of `rows` lies among them.
+fn gather(rows: &[u64]) -> (Vec<RowRun>, Vec<u32>) {
+    let mut sorted = rows.to_vec();
+    sorted.sort_unstable();
+    sorted.dedup();
+    let mut runs: Vec<RowRun> = Vec::new();
+    for &row in &sorted {
+        match runs.last_mut().filter(|run| run.first_row + run.rows == row) {
+            Some(run) => run.rows += 1,
+            None => runs.push(RowRun { first_row: row, rows: 1 }),
+        }
+    }
+    // A window has at most u32::MAX rows.
+    let slots = rows.iter().map(|row| sorted.partition_point(|other| other < row) as u32).collect();
+    (runs, slots)
+}
+
+/// Mirrors lines of `width` numbers of `number_bytes` bytes.
+fn mirror_bytes(bytes: &mut [u8], width: usize, number_bytes: usize) {
+    for line in bytes.chunks_mut(width * number_bytes) {
+        line.reverse();
+        line.chunks_mut(number_bytes).for_each(<[u8]>::reverse);
     }
 }
 

@@ -20,7 +20,7 @@ use object_store::{
 };
 use stores::ReadOptions;
 
-use crate::{LatentDataset, LatentRow, LatentWriter, OpenOptions, WriterOptions};
+use crate::{LatentDataset, LatentRow, LatentWriter, OpenOptions, Row, WriterOptions};
 
 /// A row as written: mean, log-variance, and the same of the mirrored image where stored.
 pub struct Sample {
@@ -55,9 +55,12 @@ pub fn samples(rows: usize, options: &WriterOptions) -> Vec<Sample> {
 }
 
 pub fn write(path: &FsPath, options: WriterOptions, samples: &[Sample]) {
+    let means_only = if options.moments { 1 } else { 2 };
     let mut writer = LatentWriter::create(path, options).unwrap();
-    for sample in samples {
-        writer.push(sample.row()).unwrap();
+    for Sample { latents, label, id } in samples {
+        // Without moments only the means.
+        let latents: Vec<&[f32]> = latents.iter().step_by(means_only).map(Vec::as_slice).collect();
+        writer.push_row(Row { latents: &latents, shape: None, label: Some(*label), id }).unwrap();
     }
     writer.finish().unwrap();
 }
@@ -150,7 +153,7 @@ impl ObjectStore for FaultyStore {
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         self.misbehave().await?;
         match &options.range {
-            Some(GetRange::Bounded(range)) => self.record(location, [range.clone()]),
+            Some(GetRange::Bounded(range)) => self.record(location, std::iter::once(range.clone())),
             None if options.head => {}
             _ => self.record(location, std::iter::once(0..u64::MAX)),
         }

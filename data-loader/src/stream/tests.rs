@@ -3,15 +3,10 @@ use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::testing::{FaultyStore, Mode, samples, write};
-use crate::{Columns, Dtype, RowRun, ScheduleOptions, WriterOptions};
+use crate::{Columns, Dtype, LaneSchedule, MixedSource, RowRun, ScheduleOptions, WriterOptions};
 
-const OPTIONS: StreamOptions = StreamOptions {
-    prefetch_bytes: 1 << 20,
-    flip: true,
-    scaling_factor: 1.25,
-    num_classes: Some(10),
-    allocator: &PlainMemory,
-};
+const OPTIONS: StreamOptions =
+    StreamOptions { prefetch_bytes: 1 << 20, flip: Flip::Stored, num_classes: Some(10), allocator: &PlainMemory };
 
 /// What a micro-batch says, to compare.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,7 +20,7 @@ struct Said {
 
 impl Said {
     fn by(batch: &MicroBatch) -> Self {
-        let MicroBatch { step, lane, x_start, labels, rows } = batch;
+        let MicroBatch { step, lane, x_start, labels, rows, .. } = batch;
         Self { step: *step, lane: *lane, x_start: x_start.to_f32(), labels: labels.clone(), rows: rows.clone() }
     }
 }
@@ -38,6 +33,10 @@ fn dataset(folder: &tempfile::TempDir) -> Arc<LatentDataset> {
     Arc::new(LatentDataset::open(folder.path().to_str().unwrap(), &Columns::default()).unwrap())
 }
 
+fn sources(dataset: &Arc<LatentDataset>) -> Vec<StreamSource> {
+    vec![StreamSource { dataset: dataset.clone(), scaling_factor: 1.25 }]
+}
+
 /// Windows of 10 rows, which micro-batches of 4 straddle; 9 steps an epoch.
 fn schedule(dataset: &LatentDataset) -> LaneSchedule {
     dataset
@@ -48,7 +47,7 @@ fn schedule(dataset: &LatentDataset) -> LaneSchedule {
 fn take(dataset: &Arc<LatentDataset>, lanes: Range<usize>, steps: Range<u64>, options: StreamOptions) -> Vec<Said> {
     let count = lanes.len() * (steps.end - steps.start) as usize;
     let mut stream =
-        MicroBatchStream::start(dataset.clone(), schedule(dataset), lanes, steps.start, steps.end, options).unwrap();
+        MicroBatchStream::start(sources(dataset), schedule(dataset), lanes, steps.start, steps.end, options).unwrap();
     let batches = (0..count)
         .map(|_| {
             let batch = stream.next().unwrap();
@@ -111,7 +110,7 @@ fn a_lane_reads_the_same_on_any_rank_and_after_any_resume() {
             "lanes {lanes:?} from {first_step}"
         );
     }
-    let plain = take(&dataset, 0..4, 0..25, StreamOptions { flip: false, ..OPTIONS });
+    let plain = take(&dataset, 0..4, 0..25, StreamOptions { flip: Flip::Never, ..OPTIONS });
     assert!(plain.iter().zip(&whole).all(|(plain, flipped)| plain.rows == flipped.rows));
     assert_ne!(plain, whole);
 }
@@ -120,11 +119,11 @@ fn a_lane_reads_the_same_on_any_rank_and_after_any_resume() {
 fn the_queue_holds_no_more_bytes_than_allowed_but_always_one() {
     let folder = tempfile::tempdir().unwrap();
     let dataset = dataset(&folder);
-    let one = 4 * 4 * 4 + 4 * 8 + 4 * 8;
+    let one = 4 * 4 * 4 + 4 * 8 + 4 * 8 + 4 * 4;
     for (prefetch_bytes, most) in [(3 * one, 3), (0, 1)] {
         let options = StreamOptions { prefetch_bytes, ..OPTIONS };
         let mut stream =
-            MicroBatchStream::start(dataset.clone(), schedule(&dataset), 0..4, 0, u64::MAX, options).unwrap();
+            MicroBatchStream::start(sources(&dataset), schedule(&dataset), 0..4, 0, u64::MAX, options).unwrap();
         for _ in 0..200 {
             // Only the producer fills, so this ends once it has caught up.
             while stream.shared.lock().ready.len() < most {
@@ -141,7 +140,7 @@ fn a_label_that_is_no_class_comes_out_of_next_with_its_row_and_ends_the_stream()
     let folder = tempfile::tempdir().unwrap();
     let dataset = dataset(&folder);
     let options = StreamOptions { num_classes: Some(9), ..OPTIONS };
-    let mut stream = MicroBatchStream::start(dataset.clone(), schedule(&dataset), 0..4, 0, 9, options).unwrap();
+    let mut stream = MicroBatchStream::start(sources(&dataset), schedule(&dataset), 0..4, 0, 9, options).unwrap();
     let error = std::iter::repeat_with(|| stream.next()).find_map(Result::err).unwrap().to_string();
     assert!(error.contains("a.parquet") && error.contains("`label` is 9") && error.contains("0..9"), "{error}");
     assert!(matches!(stream.next(), Err(DataError::Stopped)));
@@ -153,12 +152,12 @@ fn store_errors_and_panics_come_out_of_next() {
         let (store, dataset) = FaultyStore::dataset();
         store.mode.store(mode as u8, Ordering::SeqCst);
         let mut stream = MicroBatchStream::start(
-            dataset.clone(),
+            sources(&dataset),
             schedule(&dataset),
             0..4,
             0,
             9,
-            StreamOptions { flip: false, ..OPTIONS },
+            StreamOptions { flip: Flip::Never, ..OPTIONS },
         )
         .unwrap();
         let error = stream.next().unwrap_err().to_string();
@@ -172,12 +171,12 @@ fn dropping_the_stream_does_not_wait_for_a_request_that_hangs() {
     let (store, dataset) = FaultyStore::dataset();
     store.mode.store(Mode::Hang as u8, Ordering::SeqCst);
     let stream = MicroBatchStream::start(
-        dataset.clone(),
+        sources(&dataset),
         schedule(&dataset),
         0..4,
         0,
         9,
-        StreamOptions { flip: false, ..OPTIONS },
+        StreamOptions { flip: Flip::Never, ..OPTIONS },
     )
     .unwrap();
     while store.hanging.load(Ordering::SeqCst) == 0 {
@@ -190,15 +189,159 @@ fn dropping_the_stream_does_not_wait_for_a_request_that_hangs() {
 #[test]
 fn requests_that_cannot_be_met_are_refused_at_the_start() {
     let (_, plain) = FaultyStore::dataset();
-    let start = |lanes, options| {
-        MicroBatchStream::start(plain.clone(), schedule(&plain), lanes, 0, 9, options).unwrap_err().to_string()
+    let start = |sources, lanes, options| {
+        MicroBatchStream::start(sources, schedule(&plain), lanes, 0, 9, options).unwrap_err().to_string()
     };
-    assert!(start(0..4, OPTIONS).contains("data.flip"));
-    let options = StreamOptions { flip: false, ..OPTIONS };
-    assert!(start(3..5, options).contains("lanes 3..5"));
-    assert!(start(0..4, StreamOptions { scaling_factor: f64::NAN, ..options }).contains("NaN"));
+    assert!(start(sources(&plain), 0..4, OPTIONS).contains("data.flip"));
+    let options = StreamOptions { flip: Flip::Never, ..OPTIONS };
+    assert!(start(sources(&plain), 3..5, options).contains("lanes 3..5"));
+    let unscaled = StreamSource { dataset: plain.clone(), scaling_factor: f64::NAN };
+    assert!(start(vec![unscaled], 0..4, options).contains("NaN"));
+    assert!(start([sources(&plain), sources(&plain)].concat(), 0..4, options).contains("2 data sets"));
     let folder = tempfile::tempdir().unwrap();
     let other = LaneSchedule::new(*schedule(&plain).options(), &[64]).unwrap();
-    let error = MicroBatchStream::start(dataset(&folder), other, 0..4, 0, 9, options).unwrap_err().to_string();
+    let started = MicroBatchStream::start(sources(&dataset(&folder)), other, 0..4, 0, 9, options);
+    let error = started.unwrap_err().to_string();
     assert!(error.contains("64 rows") && error.contains("150"), "{error}");
+}
+
+#[test]
+fn a_latent_that_is_mirrored_itself_has_the_flips_of_a_stored_one() {
+    for moments in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = WriterOptions { moments, row_group_rows: 40, ..WriterOptions::new(vec![1, 2, 3]) };
+        write(&folder.path().join("a.parquet"), options.clone(), &samples(150, &options));
+        let dataset = Arc::new(LatentDataset::open(folder.path().to_str().unwrap(), &Columns::default()).unwrap());
+        let plain = take(&dataset, 0..4, 0..9, StreamOptions { flip: Flip::Never, ..OPTIONS });
+        let flipped = take(&dataset, 0..4, 0..9, StreamOptions { flip: Flip::Latent, ..OPTIONS });
+        let mut mirrored = 0;
+        for (plain, flipped) in plain.iter().zip(&flipped) {
+            let mut flips = Key::new(5, Purpose::Flip, plain.step).lane(plain.lane).rng();
+            let mut eps = [0f32; 24];
+            fill_normal(Key::new(5, Purpose::Posterior, plain.step).lane(plain.lane), &mut eps);
+            for i in 0..4 {
+                let flip = flips.next_u32() >> 31 == 1;
+                mirrored += u32::from(flip);
+                let row = dataset.read(&[RowRun { first_row: plain.rows[i], rows: 1 }]).unwrap();
+                let (mut mean, mut logvar) = ([0f32; 6], [0f32; 6]);
+                row.latent(0, 0, &mut mean);
+                if moments {
+                    row.latent(1, 0, &mut logvar);
+                }
+                for at in 0..6 {
+                    let from = if flip { at / 3 * 3 + 2 - at % 3 } else { at };
+                    let noise = if moments { (0.5 * logvar[from]).exp() * eps[i * 6 + at] } else { 0.0 };
+                    assert_eq!(flipped.x_start[i * 6 + at], (mean[from] + noise) * 1.25);
+                }
+            }
+        }
+        assert!((40..104).contains(&mirrored), "{mirrored} of 144");
+    }
+}
+
+/// Row `row` of source `source` of the mixes below.
+fn mixed_latent(source: usize, row: u64, options: &WriterOptions) -> Vec<f32> {
+    samples(row as usize + 1, options)[row as usize].latents[0].iter().map(|x| x + source as f32 * 0.25).collect()
+}
+
+#[test]
+fn a_mix_gives_each_row_with_the_factor_of_its_source_on_any_rank_and_after_any_resume() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows = [61u64, 40, 23];
+    // Differing number types and factors; equal ones go to the device as they are stored.
+    for (dtypes, factors, stored) in [
+        ([Dtype::F16, Dtype::F32, Dtype::F16], [1.0f64, 0.5, 0.125], Dtype::F32),
+        ([Dtype::F16; 3], [0.5; 3], Dtype::F16),
+    ] {
+        let mut sources = Vec::new();
+        let mut mixed = Vec::new();
+        for (number, dtype) in dtypes.into_iter().enumerate() {
+            let options =
+                WriterOptions { dtype, moments: false, row_group_rows: 16, ..WriterOptions::new(vec![1, 2, 2]) };
+            let mut samples = samples(rows[number] as usize, &options);
+            samples.iter_mut().for_each(|sample| sample.latents[0].iter_mut().for_each(|x| *x += number as f32 * 0.25));
+            let path = folder.path().join(format!("{number}-{dtype}.parquet"));
+            write(&path, options, &samples);
+            let dataset = Arc::new(LatentDataset::open(path.to_str().unwrap(), &Columns::default()).unwrap());
+            let row_group_rows = dataset.row_groups().iter().map(|group| group.rows).collect();
+            mixed.push(MixedSource { weight: [0.6, 0.3, 0.1][number], row_group_rows });
+            sources.push(StreamSource { dataset, scaling_factor: factors[number] });
+        }
+        let options = ScheduleOptions { seed: 5, lanes: 4, micro_batch: 4, range_rows: 16, shuffle_window_rows: 10 };
+        let order = RowOrder::mixed(options, &mixed).unwrap();
+        let of_writer = WriterOptions::new(vec![1, 2, 2]);
+        for (lanes, steps) in [(0..4, 0..40), (2..4, 17..40), (1..2, 39..40)] {
+            let plain = StreamOptions { flip: Flip::Never, ..OPTIONS };
+            let mut stream =
+                MicroBatchStream::start(sources.clone(), order.clone(), lanes.clone(), steps.start, steps.end, plain)
+                    .unwrap();
+            for (step, lane) in steps.flat_map(|step| lanes.clone().map(move |lane| (step, lane))) {
+                let batch = stream.next().unwrap();
+                assert_eq!((batch.step, batch.lane, batch.x_start.dtype()), (step, lane, stored));
+                let read: Vec<_> =
+                    batch.sources.iter().map(|source| *source as usize).zip(batch.rows.clone()).collect();
+                assert_eq!(read, order.rows_of(step, lane));
+                let latents = batch.x_start.to_f32();
+                for ((source, row), latent) in read.into_iter().zip(latents.chunks(4)) {
+                    let stored = mixed_latent(source, row, &of_writer);
+                    let expected: Vec<f32> = stored.iter().map(|x| x * factors[source] as f32).collect();
+                    assert_eq!(latent, expected, "source {source} row {row}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_many_shapes_come_in_micro_batches_of_one() {
+    let folder = tempfile::tempdir().unwrap();
+    // One row of a shape that no micro-batch can be made of.
+    let shape = |row: usize| match (row, row % 7) {
+        (50, _) => [1, 1, 1],
+        (_, 0 | 2 | 5) => [1, 2, 2],
+        (_, 1 | 4) => [1, 1, 3],
+        _ => [1, 3, 1],
+    };
+    let path = folder.path().join("a.parquet");
+    let options = WriterOptions { row_shapes: true, moments: false, row_group_rows: 16, ..WriterOptions::new(vec![1]) };
+    let mut writer = crate::LatentWriter::create(&path, options).unwrap();
+    for row in 0..150 {
+        let latent: Vec<f32> = (0..shape(row).iter().product()).map(|i| (row * 4 + i) as f32).collect();
+        writer
+            .push_row(crate::Row {
+                latents: &[&latent],
+                shape: Some(&shape(row)),
+                label: Some(1),
+                id: &row.to_string(),
+            })
+            .unwrap();
+    }
+    writer.finish().unwrap();
+    let dataset = Arc::new(LatentDataset::open(path.to_str().unwrap(), &Columns::default()).unwrap());
+    let options = ScheduleOptions { seed: 5, lanes: 2, micro_batch: 3, range_rows: 16, shuffle_window_rows: 10 };
+    let order = dataset.order(options).unwrap();
+    assert_eq!(order.left_out().len(), 1);
+    let plain = StreamOptions { flip: Flip::Latent, ..OPTIONS };
+    let mut seen = std::collections::HashSet::new();
+    for (lanes, first) in [(0..2, 0), (1..2, 13)] {
+        let sources = vec![StreamSource { dataset: dataset.clone(), scaling_factor: 1.0 }];
+        let mut stream = MicroBatchStream::start(sources, order.clone(), lanes.clone(), first, 40, plain).unwrap();
+        for (step, lane) in (first..40).flat_map(|step| lanes.clone().map(move |lane| (step, lane))) {
+            let batch = stream.next().unwrap();
+            let rows: Vec<u64> = order.rows_of(step, lane).into_iter().map(|(_, row)| row).collect();
+            assert_eq!((batch.step, batch.lane, &batch.rows), (step, lane, &rows));
+            let mut flips = Key::new(5, Purpose::Flip, step).lane(lane).rng();
+            for (row, latent) in rows.iter().zip(batch.x_start.to_f32().chunks(batch.latent_shape.iter().product())) {
+                assert_eq!(batch.latent_shape, shape(*row as usize));
+                let mut expected: Vec<f32> = (0..latent.len()).map(|i| (*row as usize * 4 + i) as f32).collect();
+                if flips.next_u32() >> 31 == 1 {
+                    expected.chunks_mut(batch.latent_shape[2]).for_each(<[f32]>::reverse);
+                }
+                assert_eq!(latent, expected);
+            }
+            seen.insert(batch.latent_shape.clone());
+            stream.recycle(batch);
+        }
+    }
+    assert_eq!(seen.len(), 3);
 }

@@ -7,8 +7,8 @@ use crate::report::Report;
 use crate::tolerance::Tolerance;
 use collective::single::SingleCollective;
 use configs::lanes::LaneBlock;
+use data_loader::MicroBatch;
 use data_loader::draws::Key;
-use data_loader::{Latents, MicroBatch};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -183,8 +183,7 @@ impl<'b> Recording<'b> {
             let step = index as u64 + 1;
             let mut next_batch = || {
                 let x_start: Vec<f32> = values(&batch.x_start).into_iter().map(|value| value as f32).collect();
-                let x_start = Latents::from(&x_start[..]);
-                Ok(MicroBatch { step, lane: 0, x_start, labels: batch.labels.clone(), rows: Vec::new() })
+                Ok(MicroBatch::of(step, 0, &x_start, batch.labels.clone()))
             };
             let report = stepper.step(step, &mut next_batch, 0).map_err(|error| failed(&error))?;
             loss.push(report.loss);

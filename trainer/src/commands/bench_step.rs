@@ -11,8 +11,9 @@ use crate::model::dit::{Dit, DitConfig};
 use anyhow::{Result, bail};
 use collective::single::SingleCollective;
 use configs::lanes::LaneBlock;
+use data_loader::MicroBatch;
 use data_loader::draws::{Key, Purpose, fill_normal};
-use data_loader::{Latents, MicroBatch};
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Device;
@@ -97,8 +98,7 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
         let mut x_start = vec![0f32; numel];
         fill_normal(Key::new(seed, Purpose::Posterior, step), &mut x_start);
         let labels = (0..args.micro_batch as i64).map(|i| i % args.num_classes).collect();
-        let (x_start, rows) = (Latents::from(&x_start[..]), vec![0; args.micro_batch]);
-        let mut batch = Some(MicroBatch { step: step - 1, lane: 0, x_start, labels, rows });
+        let mut batch = Some(MicroBatch::of(step - 1, 0, &x_start, labels));
         let started = Instant::now();
         let mut next = || batch.take().ok_or(data_loader::DataError::EndOfStream { end_step: step });
         stepper.step(step, &mut next, 0)?;

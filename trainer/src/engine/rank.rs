@@ -22,7 +22,7 @@ use checkpoint::{AttemptInfo, Retention, RunStore};
 use collective::Collective;
 use configs::RunConfig;
 use configs::lanes::LaneBlock;
-use data_loader::{LatentDataset, MicroBatchStream, ScheduleOptions, StreamOptions};
+use data_loader::{LatentDataset, MicroBatchStream, ScheduleOptions, StreamOptions, StreamSource};
 use serde_json::Value;
 use std::sync::Arc;
 use tch::Device;
@@ -235,8 +235,9 @@ pub(crate) fn open_stream(
     let prefetch_bytes = config.data.prefetch_bytes as usize;
     let (scaling_factor, num_classes) = (recipe.dataset.scaling_factor, Some(recipe.model.num_classes as usize));
     let (flip, allocator) = (config.data.flip, batch_memory(experiment.device));
-    let options = StreamOptions { prefetch_bytes, flip, scaling_factor, num_classes, allocator };
+    let options = StreamOptions { prefetch_bytes, flip, num_classes, allocator };
+    let sources = vec![StreamSource { dataset, scaling_factor }];
     let stream =
-        MicroBatchStream::start(dataset, schedule, experiment.block.range(), done, config.train.steps, options)?;
+        MicroBatchStream::start(sources, schedule, experiment.block.range(), done, config.train.steps, options)?;
     Ok((stream, steps_per_epoch))
 }
