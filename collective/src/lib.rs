@@ -4,14 +4,15 @@
 //! Every rank of the world must start the same operations in the same order, whatever it computes in between.
 //! Buffers are [`Region`]s: plain memory that an operation owns until it completes, so neither side can free it early.
 //!
-//! Backends: [`single`] (world size 1, no MPI), [`mpi`] (CPU memory and the control plane). [`conformance`] holds
-//! the checks that every backend passes.
+//! Backends: [`single`] (world size 1, no MPI), [`mpi`] (host memory and the control plane), [`nccl`] (GPU memory, beside one of
+//! the others). [`conformance`] holds the checks that every backend passes; docs/COLLECTIVE.md tells the whole.
 
 mod call;
 pub mod conformance;
 mod environment;
 mod error;
 pub mod mpi;
+pub mod nccl;
 mod op;
 mod pending;
 mod reduce;

@@ -34,6 +34,19 @@ struct Shared {
     gave_up: AtomicBool,
 }
 
+impl Shared {
+    fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::Relaxed) {
+            0 => Phase::Queued,
+            1 => Phase::Compute,
+            _ => Phase::Wire,
+        }
+    }
+}
+
+/// Lets the caller's stream wait for an operation; runs in the caller's thread.
+pub(crate) type StreamOrder = Box<dyn FnOnce() -> Result<(), String> + Send>;
+
 /// An operation that was started. Dropping it does not cancel the operation: its buffers live until it is done.
 #[must_use = "an operation that nobody waits for may still be writing"]
 pub struct Pending {
@@ -41,12 +54,17 @@ pub struct Pending {
     op: &'static str,
     done: Receiver<Result<Region, CollectiveError>>,
     shared: Arc<Shared>,
+    /// How long the backend may take to clean up after a deadline has passed.
+    grace: Duration,
+    /// Of an operation on a device: comes when it is on a stream.
+    launched: Option<Receiver<StreamOrder>>,
 }
 
 /// The backend's end of a [`Pending`].
 pub struct Completer {
     sender: SyncSender<Result<Region, CollectiveError>>,
     shared: Arc<Shared>,
+    launched: Option<SyncSender<StreamOrder>>,
 }
 
 impl Pending {
@@ -54,7 +72,15 @@ impl Pending {
     pub fn new(rank: usize, op: &'static str) -> (Pending, Completer) {
         let (sender, done) = sync_channel(1);
         let shared = Arc::new(Shared::default());
-        (Pending { rank, op, done, shared: shared.clone() }, Completer { sender, shared })
+        let pending = Pending { rank, op, done, shared: shared.clone(), grace: Duration::ZERO, launched: None };
+        (pending, Completer { sender, shared, launched: None })
+    }
+
+    /// As [`Pending::new`], of a backend that ends operations that were given up, and puts them on streams.
+    pub(crate) fn on_stream(rank: usize, op: &'static str, grace: Duration) -> (Pending, Completer) {
+        let (pending, completer) = Self::new(rank, op);
+        let (sender, launched) = sync_channel(1);
+        (Pending { grace, launched: Some(launched), ..pending }, Completer { launched: Some(sender), ..completer })
     }
 
     /// Waits for completion and gives back the region that holds the result.
@@ -67,8 +93,12 @@ impl Pending {
         match self.done.recv_timeout(deadline) {
             Ok(result) => result,
             Err(RecvTimeoutError::Timeout) => {
+                let phase = self.phase().name();
                 self.shared.gave_up.store(true, Ordering::Release);
-                Err(CollectiveError::Deadline { rank, op, phase: self.phase().name(), deadline })
+                match self.done.recv_timeout(self.grace) {
+                    Ok(Ok(at_last)) => Ok(at_last),
+                    _ => Err(CollectiveError::Deadline { rank, op, phase, deadline }),
+                }
             }
             Err(RecvTimeoutError::Disconnected) => {
                 Err(CollectiveError::Backend { rank, op, reason: "the progress thread ended".to_owned() })
@@ -76,13 +106,30 @@ impl Pending {
         }
     }
 
+    /// Lets the work that the caller puts on its current stream from now on wait for the operation, on the device; the host
+    /// goes on. Where there is no device this is [`Pending::wait`]. The buffers are given up when the operation is done.
+    ///
+    /// An error that comes later ends the operation (kernels that wait for other ranks leave the device, and what follows
+    /// on the stream reads anything) and is reported by the next operation on the collective: so make one that is waited
+    /// for before a result leaves the process.
+    ///
+    /// # Errors
+    /// As [`Pending::wait`], of what happens until the operation is on its stream.
+    pub fn wait_on_stream(mut self, deadline: Duration) -> Result<(), CollectiveError> {
+        let Some(launched) = self.launched.take() else { return self.wait(deadline).map(|_| ()) };
+        match launched.recv_timeout(deadline) {
+            Ok(order) => {
+                let (rank, op) = (self.rank, self.op);
+                order().map_err(|reason| CollectiveError::Backend { rank, op, reason })
+            }
+            Err(RecvTimeoutError::Disconnected) => self.wait(deadline).map(|_| ()),
+            Err(RecvTimeoutError::Timeout) => self.wait(Duration::ZERO).map(|_| ()),
+        }
+    }
+
     /// How far it has come.
     pub fn phase(&self) -> Phase {
-        match self.shared.phase.load(Ordering::Relaxed) {
-            0 => Phase::Queued,
-            1 => Phase::Compute,
-            _ => Phase::Wire,
-        }
+        self.shared.phase()
     }
 }
 
@@ -93,9 +140,22 @@ impl Completer {
         let _ = self.sender.send(result);
     }
 
+    /// Reports that the operation is on its stream.
+    pub(crate) fn launched(&mut self, order: StreamOrder) {
+        if let Some(launched) = self.launched.take() {
+            // A caller that does not ask has dropped its end.
+            let _ = launched.send(order);
+        }
+    }
+
     /// Reports how far it has come.
     pub fn reached(&self, phase: Phase) {
         self.shared.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    /// How far it has come.
+    pub fn phase(&self) -> Phase {
+        self.shared.phase()
     }
 
     /// Whether the caller has waited in vain: the run cannot go on.

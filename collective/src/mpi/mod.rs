@@ -143,7 +143,7 @@ impl Collective for MpiCollective {
         if call.is_empty() {
             completer.complete(Ok(call.into_result()));
         } else {
-            self.order(Order::Start { comm: self.comm, call, completer });
+            self.order(Order::Start { comm: self.comm, call: Box::new(call), completer });
         }
         Ok(pending)
     }

@@ -14,7 +14,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 
 /// What the thread is asked for.
 pub(super) enum Order {
-    Start { comm: Comm, call: Call, completer: Completer },
+    Start { comm: Comm, call: Box<Call>, completer: Completer },
     Split { comm: Comm, color: i32, key: i32, answer: Sender<Result<Comm, CollectiveError>> },
 }
 
@@ -29,7 +29,7 @@ pub(super) struct Progress {
 /// An operation on the wire with everything it may touch.
 struct Active {
     transfer: Transfer,
-    call: Call,
+    call: Box<Call>,
     completer: Completer,
 }
 
@@ -113,7 +113,7 @@ impl Progress {
 }
 
 /// Parts of a failed operation may still be on the wire, so its buffers are never freed.
-fn fail(call: Call, completer: Completer, error: CollectiveError) {
+fn fail(call: Box<Call>, completer: Completer, error: CollectiveError) {
     std::mem::forget(call);
     completer.complete(Err(error));
 }
