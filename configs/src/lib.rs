@@ -15,8 +15,10 @@
 //! | [`events`] | the JSON lines that a run writes |
 //! | [`validation`] | held-out loss, and the metrics that checkpoints are chosen by |
 //! | [`fid`] | Fréchet distance during training |
+//! | [`cache`] | where bytes of remote data sets are kept |
 //! | [`exit`] | the exit codes of the programs |
 
+pub mod cache;
 pub mod error;
 mod event_text;
 pub mod events;
@@ -33,6 +35,7 @@ pub mod sampler;
 pub mod schema;
 pub mod validation;
 
+pub use cache::CacheConfig;
 pub use error::{ConfigError, Mistake};
 pub use fid::FidConfig;
 pub use resume::{KeyChange, changed_experiment_keys};

@@ -13,6 +13,7 @@ use crate::schema::*;
 use crate::validation::loss_metric;
 use crate::{location, overrides, presets};
 
+mod cache;
 mod diffusion;
 mod fid;
 mod finetune;
@@ -78,6 +79,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
             Reduction::Invariant,
         ),
         data: read_data(r, base),
+        cache: cache::read(r, base),
         model: read_model(r),
         diffusion: diffusion::read(r),
         optimizer: optimizer::read(r),

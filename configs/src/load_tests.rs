@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::{Mistake, ValidationConfig};
+use crate::{CacheConfig, Mistake, ValidationConfig};
 
 const SMALL: &str = r#"
 run.url = "../runs/a"
@@ -52,6 +52,18 @@ fn what_is_left_out_takes_the_documented_default() {
     );
     assert_eq!((config.collective.timeout_s, config.cluster.nodes, config.cluster.procs_per_node), (600, 1, None));
     assert_eq!(config.global_batch(), 128);
+}
+
+#[test]
+fn a_cache_is_asked_for_by_its_bytes() {
+    let cache = |overrides: &[&str]| load(SMALL, overrides).unwrap().cache;
+    assert_eq!(cache(&[]), None);
+    assert_eq!(cache(&["cache.bytes=100000000"]), Some(CacheConfig { dir: None, bytes: 100_000_000 }));
+    let dir = cache(&["cache.bytes=100000000", "cache.dir=/scratch/../fast"]).unwrap().dir;
+    assert_eq!(dir, Some(PathBuf::from("/fast")));
+    assert_eq!(mistake(&["cache.dir=/fast"]).key, "cache.bytes");
+    assert_eq!(mistake(&["cache.bytes=1000"]).key, "cache.bytes");
+    assert_eq!(mistake(&["cache.bytes=100000000", "cache.dir=s3://bucket/x"]).key, "cache.dir");
 }
 
 #[test]

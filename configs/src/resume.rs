@@ -22,12 +22,13 @@ impl std::fmt::Display for KeyChange {
 /// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on, where
 /// it came from and what is reported, not what is computed. The preset is only a name for dimensions, which are compared
 /// themselves.
-const FREE: [&str; 14] = [
+const FREE: [&str; 15] = [
     "run.",
     "init",
     "init.",
     "data.url",
     "data.prefetch_bytes",
+    "cache.",
     "model.preset",
     "train.device",
     "checkpoint.",
@@ -131,6 +132,9 @@ mod tests {
             assert_eq!(changed(pointer, json!(7)), [""; 0], "{pointer}");
         }
         assert_eq!(changed("/train/steps", json!(7)), [""; 0]);
+        let mut with_cache = config();
+        with_cache["cache"] = json!({"dir": null, "bytes": 7});
+        assert_eq!(changed_experiment_keys(&config(), &with_cache), []);
         let mut with_validation = config();
         with_validation["validation"] = json!({"url": "file:///v", "rows": 5});
         assert_eq!(changed_experiment_keys(&config(), &with_validation), []);

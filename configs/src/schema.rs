@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cache::CacheConfig;
 use crate::fid::FidConfig;
 use crate::sampler::{GuidedChannels, Sampler};
 use crate::validation::ValidationConfig;
@@ -21,6 +22,9 @@ pub struct RunConfig {
     pub reduction: Reduction,
     /// Where samples come from and how they are dealt to the lanes.
     pub data: DataConfig,
+    /// Where bytes of remote data sets are kept; `None` without `cache.bytes`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheConfig>,
     /// The model's dimensions.
     pub model: ModelConfig,
     /// The diffusion process and the training objective.

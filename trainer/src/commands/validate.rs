@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use checkpoint::{CheckpointReader, Manifest};
 use collective::Collective;
 use configs::{Columns, RunConfig, ValidationConfig, location};
+use data_loader::OpenOptions;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,7 +113,7 @@ impl Prepared {
         let recipe = Recipe::of_manifest(record)?;
         let model = recipe.build_model()?;
         let place = (collective.rank(), collective.world_size());
-        let held_out = HeldOut::open(&config, &columns, &recipe, model.clone(), device, place)?;
+        let held_out = HeldOut::open(&config, &OpenOptions::of(&columns), &recipe, model.clone(), device, place)?;
         if let Some(warning) = held_out.warning.as_ref().filter(|_| collective.rank() == 0) {
             eprintln!("trainer: warning: {warning}");
         }

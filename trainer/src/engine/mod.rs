@@ -3,6 +3,7 @@
 pub mod agree;
 pub mod between;
 pub mod bucket;
+pub mod cache;
 pub mod drawer;
 pub mod fid;
 pub mod grid;

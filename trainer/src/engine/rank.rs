@@ -3,6 +3,7 @@
 use super::agree::{Agreed, agree, decided_by_rank_0};
 use super::between::BetweenSteps;
 use super::bucket::Buckets;
+use super::cache::open_options;
 use super::drawer::Drawer;
 use super::fid::Fid;
 use super::grid::SampleGrid;
@@ -173,7 +174,8 @@ impl Prepared {
 /// # Errors
 /// A data set that cannot be read or contradicts the config.
 pub fn open_data(config: &RunConfig) -> Result<(LatentDataset, Recipe)> {
-    let dataset = LatentDataset::open(&config.data.url, &config.data.columns).context("`data.url`")?;
+    let dataset =
+        LatentDataset::open_with(&config.data.url, &open_options(config, &config.data.url)?).context("`data.url`")?;
     let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
     let recipe = Recipe::resolve(config, &dataset, scaling_factor)?;
     Ok((dataset, recipe))

@@ -2,6 +2,7 @@
 
 use super::agree::agree;
 use super::between::BetweenSteps;
+use super::cache::open_options;
 use super::rank::Rank;
 use crate::model::Model;
 use crate::recipe::Recipe;
@@ -38,8 +39,10 @@ impl Validation {
             return Ok(None);
         };
         let place = (collective.rank(), collective.world_size());
-        let held_out = HeldOut::open(validation, &config.data.columns, recipe, model.clone(), device, place);
-        let held_out = agree(collective, held_out.context("`validation.url`"))?;
+        let held_out = open_options(config, &validation.url).and_then(|options| {
+            HeldOut::open(validation, &options, recipe, model.clone(), device, place).context("`validation.url`")
+        });
+        let held_out = agree(collective, held_out)?;
         if let Some(warning) = held_out.warning.as_ref().filter(|_| collective.rank() == 0) {
             eprintln!("trainer: warning: `validation.url`: {warning}");
         }

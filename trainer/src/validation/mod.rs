@@ -10,9 +10,9 @@ use crate::diffusion::Objective;
 use crate::model::{Model, WeightSet, no_probe};
 use crate::recipe::{Recipe, RecipeError};
 use collective::{Collective, CollectiveError};
+use configs::ValidationConfig;
 use configs::validation::higher_is_better;
-use configs::{Columns, ValidationConfig};
-use data_loader::{DataError, FixedOptions, FixedRows, LatentDataset};
+use data_loader::{DataError, FixedOptions, FixedRows, LatentDataset, OpenOptions};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -78,13 +78,13 @@ impl HeldOut {
     /// A data set that cannot be read, does not fit the model, or has too few rows for the bins.
     pub fn open(
         config: &ValidationConfig,
-        columns: &Columns,
+        options: &OpenOptions,
         recipe: &Recipe,
         model: Arc<dyn Model>,
         device: Device,
         (rank, world_size): (usize, usize),
     ) -> Result<Self, ValidationError> {
-        let dataset = LatentDataset::open(&config.url, columns)?;
+        let dataset = LatentDataset::open_with(&config.url, options)?;
         let draws = Draws::new(dataset.meta().rows, config);
         let warning = check(&dataset, &draws, config.bins, recipe)?;
         let mine = share(draws.count(), config.batch, rank, world_size);
