@@ -12,6 +12,8 @@ pub mod profile;
 mod ranges;
 mod redact;
 mod retry;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use cache::{BlockCache, CacheError};
 pub use object::Object;
