@@ -1,4 +1,5 @@
 use crate::Place;
+use std::borrow::Cow;
 use std::time::Duration;
 
 /// What can go wrong in a collective operation.
@@ -38,8 +39,8 @@ pub enum CollectiveError {
         rank: usize,
         /// The operation.
         op: &'static str,
-        /// How far it had come.
-        phase: &'static str,
+        /// How far it had come, and which rank is missing where that is known.
+        phase: Cow<'static, str>,
         /// How long it waited.
         deadline: Duration,
     },

@@ -4,8 +4,8 @@
 //! Every rank of the world must start the same operations in the same order, whatever it computes in between.
 //! Buffers are [`Region`]s: plain memory that an operation owns until it completes, so neither side can free it early.
 //!
-//! Backends: [`single`] (world size 1, no MPI), [`mpi`] (host memory and the control plane), [`nccl`] (GPU memory, beside one of
-//! the others). [`conformance`] holds the checks that every backend passes; docs/COLLECTIVE.md tells the whole.
+//! Backends: [`single`] (world size 1, no MPI), [`mpi`] (host memory), [`tcp`] (small things in host memory, where nothing but the
+//! environment introduces ranks to each other), [`nccl`] (GPU memory, with one of the others as control plane). [`conformance`] holds the checks that every backend passes; docs/COLLECTIVE.md tells the whole.
 
 mod call;
 pub mod conformance;
@@ -18,12 +18,14 @@ mod pending;
 mod reduce;
 mod region;
 pub mod single;
+pub mod tcp;
 
 pub use error::CollectiveError;
 pub use op::{Op, ReduceOp};
 pub use pending::{Completer, Pending, Phase};
 pub use region::{Dtype, Element, Place, Region};
 
+use environment::Started;
 use std::time::Duration;
 
 /// The ranks of one run, as seen from one of them.
@@ -166,16 +168,18 @@ fn host_name() -> String {
     String::from_utf8_lossy(name.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
-/// The collective of the engine that started this process: [`mpi`] when an MPI launcher says there is more than one
-/// rank, else [`single`]. World size 1 never initialises MPI.
+/// The collective of the engine that started this process, over host memory: [`mpi`] when an MPI launcher says that there is
+/// more than one rank, [`tcp`] when Slurm, Kubernetes or a launcher like torchrun does, else [`single`]. World size 1 never
+/// initialises MPI.
 ///
 /// # Errors
-/// [`CollectiveError::Init`] when MPI cannot be initialised.
+/// [`CollectiveError::Init`] when MPI cannot be initialised, the environment contradicts itself or ranks do not belong
+/// together; [`CollectiveError::Deadline`] when a rank does not come in time.
 pub fn from_environment(deadline: Duration) -> Result<Box<dyn Collective>, CollectiveError> {
-    if environment::mpi_world_size().is_some_and(|world_size| world_size > 1) {
-        Ok(Box::new(mpi::MpiCollective::init(mpi::MpiOptions::new(deadline))?))
-    } else {
-        Ok(Box::new(single::SingleCollective::new(deadline)))
+    match environment::started().map_err(|reason| CollectiveError::Init { backend: "the collective", reason })? {
+        Started::Alone => Ok(Box::new(single::SingleCollective::new(deadline))),
+        Started::Mpi(_) => Ok(Box::new(mpi::MpiCollective::init(mpi::MpiOptions::new(deadline))?)),
+        Started::Tcp(meeting) => Ok(Box::new(tcp::TcpCollective::meet(meeting, deadline)?)),
     }
 }
 

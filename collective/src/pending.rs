@@ -76,11 +76,17 @@ impl Pending {
         (pending, Completer { sender, shared, launched: None })
     }
 
-    /// As [`Pending::new`], of a backend that ends operations that were given up, and puts them on streams.
-    pub(crate) fn on_stream(rank: usize, op: &'static str, grace: Duration) -> (Pending, Completer) {
+    /// As [`Pending::new`], of a backend that after a deadline ends the operation within `grace` and knows more of it.
+    pub(crate) fn with_grace(rank: usize, op: &'static str, grace: Duration) -> (Pending, Completer) {
         let (pending, completer) = Self::new(rank, op);
+        (Pending { grace, ..pending }, completer)
+    }
+
+    /// As [`Pending::with_grace`], of a backend that puts operations on streams.
+    pub(crate) fn on_stream(rank: usize, op: &'static str, grace: Duration) -> (Pending, Completer) {
+        let (pending, completer) = Self::with_grace(rank, op, grace);
         let (sender, launched) = sync_channel(1);
-        (Pending { grace, launched: Some(launched), ..pending }, Completer { launched: Some(sender), ..completer })
+        (Pending { launched: Some(launched), ..pending }, Completer { launched: Some(sender), ..completer })
     }
 
     /// Waits for completion and gives back the region that holds the result.
@@ -93,11 +99,14 @@ impl Pending {
         match self.done.recv_timeout(deadline) {
             Ok(result) => result,
             Err(RecvTimeoutError::Timeout) => {
-                let phase = self.phase().name();
+                let phase = self.phase().name().into();
                 self.shared.gave_up.store(true, Ordering::Release);
                 match self.done.recv_timeout(self.grace) {
-                    Ok(Ok(at_last)) => Ok(at_last),
-                    _ => Err(CollectiveError::Deadline { rank, op, phase, deadline }),
+                    Ok(Err(CollectiveError::Deadline { phase, .. })) => {
+                        Err(CollectiveError::Deadline { rank, op, phase, deadline })
+                    }
+                    Ok(at_last) => at_last,
+                    Err(_) => Err(CollectiveError::Deadline { rank, op, phase, deadline }),
                 }
             }
             Err(RecvTimeoutError::Disconnected) => {

@@ -3,7 +3,7 @@
 
 mod launch;
 
-use launch::{mpirun, waiting_took_ms};
+use launch::{TcpRun, mpirun, waiting_took_ms};
 use std::path::Path;
 use std::process::{Command, Output};
 use tempfile::TempDir;
@@ -93,7 +93,7 @@ fn an_operation_is_put_between_two_events_in_one_group_on_a_stream_of_its_own() 
                 format!("cuEventRecord {ready} default"),
                 format!("cuStreamWaitEvent stream1 {ready}"),
                 "ncclGroupStart".to_owned(),
-                "ncclAllReduce count=1000 type=7 stream1".to_owned(),
+                "ncclAllReduce count=2000 type=7 stream1".to_owned(),
                 "ncclGroupEnd".to_owned(),
                 format!("cuEventRecord {done} stream1"),
             ]);
@@ -175,6 +175,15 @@ fn a_rank_that_waits_on_a_gpu_burns_no_core() {
     assert!(output.status.success(), "{text}");
     // Of two seconds; the stub, too, polls for its peer.
     assert!(waiting_took_ms(&text) < 800.0, "{text}");
+}
+
+#[test]
+fn the_unique_id_goes_round_over_tcp_where_there_is_no_mpi() {
+    let stub = Stub::new();
+    let ran = TcpRun::new(2).variables(&stub.variables("")).run("--backend nccl");
+    for (rank, (output, text)) in ran.iter().enumerate() {
+        assert!(output.status.success() && text.contains(&format!("rank {rank} of 2: ok (nccl)")), "{text}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ mod progress;
 mod wire;
 
 use crate::call::Call;
-use crate::environment;
+use crate::environment::{self, Seat, Started};
 use crate::{Collective, CollectiveError, Op, Pending, Place};
 use mpi::environment::Universe;
 use mpi::ffi;
@@ -49,6 +49,7 @@ pub struct MpiCollective {
 /// What all collectives of this process share.
 struct Process {
     deadline: Duration,
+    seat: Seat,
     orders: Mutex<Option<Sender<Order>>>,
     /// Disconnected when the progress thread has ended.
     ended: Mutex<Receiver<()>>,
@@ -72,13 +73,16 @@ impl MpiCollective {
             return Err(failed("it does not allow calls from several threads (MPI_THREAD_SERIALIZED)"));
         }
         let world = Comm::world();
-        let expected = environment::mpi_world_size();
-        if expected.is_some_and(|expected| world.size != expected) {
+        let seat = match environment::started().map_err(|reason| failed(&reason))? {
+            Started::Mpi(seat) => seat,
+            // As MPI starts a program without a launcher.
+            _ => Seat { world_size: 1, local_rank: 0, local_size: 1 },
+        };
+        if world.size != seat.world_size {
             return Err(failed(&format!(
                 "it sees {} rank(s) where the launcher started {}: `mpirun` and the MPI library that this program is linked \
                  with are different installations; use the mpirun of that library",
-                world.size,
-                expected.unwrap_or_default()
+                world.size, seat.world_size
             )));
         }
         let earlier_hook = std::panic::take_hook();
@@ -98,6 +102,7 @@ impl MpiCollective {
             .map_err(|error| failed(&format!("no progress thread: {error}")))?;
         let process = Process {
             deadline: options.deadline,
+            seat,
             orders: Mutex::new(Some(orders)),
             ended: Mutex::new(ended),
             _universe: Mutex::new(universe),
@@ -124,10 +129,10 @@ impl Collective for MpiCollective {
         self.comm.size
     }
     fn local_rank(&self) -> usize {
-        environment::mpi_local().0
+        self.process.seat.local_rank
     }
     fn local_size(&self) -> usize {
-        environment::mpi_local().1
+        self.process.seat.local_size
     }
     fn deadline(&self) -> Duration {
         self.process.deadline
@@ -164,7 +169,7 @@ impl Collective for MpiCollective {
         (self as &dyn Collective).barrier()?;
         let (answer, answered) = channel();
         self.order(Order::Split { comm: self.comm, color, key, answer });
-        let phase = "waiting for the other ranks";
+        let phase = crate::Phase::Wire.name().into();
         match answered.recv_timeout(deadline) {
             Ok(comm) => Ok(Box::new(Self { run_rank: rank, comm: comm?, process: self.process.clone() })),
             Err(_) => Err(CollectiveError::Deadline { rank, op, phase, deadline }),

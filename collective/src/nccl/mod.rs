@@ -52,7 +52,7 @@ impl NcclOptions {
 
 /// The ranks of a control plane, each with a GPU.
 pub struct NcclCollective {
-    control: Box<dyn Collective>,
+    control: Arc<dyn Collective>,
     /// In the whole run, for messages.
     run_rank: usize,
     communicator: usize,
@@ -76,7 +76,7 @@ impl NcclCollective {
     /// # Errors
     /// [`CollectiveError::Init`] without a driver, libnccl or GPU, or when ranks do not fit together;
     /// [`CollectiveError::Deadline`] when a rank does not come in time; what NCCL says.
-    pub fn init(control: Box<dyn Collective>, options: NcclOptions) -> Result<Self, CollectiveError> {
+    pub fn init(control: Arc<dyn Collective>, options: NcclOptions) -> Result<Self, CollectiveError> {
         let failed = |reason: String| CollectiveError::Init { backend: BACKEND, reason };
         let run_rank = control.rank();
         let mine = Candidate::here(options.ordinal, run_rank == 0);
@@ -221,7 +221,7 @@ impl Collective for NcclCollective {
 
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Collective>, CollectiveError> {
         // It checks the numbers, and all ranks have come when it is done.
-        let control = self.control.split(color, key)?;
+        let control: Arc<dyn Collective> = self.control.split(color, key)?.into();
         let (parent, size) = (self.communicator, control.world_size());
         let (color, key) = (color as i32, key as i32);
         let order = |answer| Order::Split { parent, color, key, size, answer };
@@ -254,7 +254,7 @@ impl Process {
         match answered.recv_timeout(self.deadline + ABORT_GRACE) {
             Ok(made) => made,
             Err(RecvTimeoutError::Timeout) => {
-                let phase = crate::Phase::Wire.name();
+                let phase = crate::Phase::Wire.name().into();
                 Err(CollectiveError::Deadline { rank, op, phase, deadline: self.deadline })
             }
             Err(RecvTimeoutError::Disconnected) => {

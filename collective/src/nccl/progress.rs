@@ -131,7 +131,7 @@ impl Progress {
                 self.communicators.push(new);
                 return Ok(self.communicators.len() - 1);
             }
-            Ok(false) => CollectiveError::Deadline { rank, op, phase: Phase::Wire.name(), deadline },
+            Ok(false) => CollectiveError::Deadline { rank, op, phase: Phase::Wire.name().into(), deadline },
             Err(reason) => failed(reason),
         };
         self.communicators.push(new);
@@ -220,7 +220,7 @@ impl Progress {
         let (rank, deadline) = (self.rank, self.deadline);
         let error_of = |op: &'static str, kind: &FaultKind| match kind {
             FaultKind::Backend(reason) => CollectiveError::Backend { rank, op, reason: reason.clone() },
-            FaultKind::Deadline(phase) => CollectiveError::Deadline { rank, op, phase: phase.name(), deadline },
+            FaultKind::Deadline(phase) => CollectiveError::Deadline { rank, op, phase: phase.name().into(), deadline },
         };
         let at_fault = self.active.get(fault.index).map_or("nothing", |active| active.call.name);
         let reason = error_of(at_fault, &fault.kind).to_string();

@@ -10,9 +10,10 @@ pub fn folder() -> PathBuf {
     std::env::var_os("DITHAROS_STUB_DIR").expect("the stub needs DITHAROS_STUB_DIR").into()
 }
 
-/// This process's rank, as mpirun says.
+/// This process's rank, as what started it says.
 pub fn rank() -> usize {
-    std::env::var("OMPI_COMM_WORLD_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
+    let of = |name| std::env::var(name).ok()?.parse().ok();
+    of("OMPI_COMM_WORLD_RANK").or(of("RANK")).unwrap_or(0)
 }
 
 /// Writes a line to this rank's log.

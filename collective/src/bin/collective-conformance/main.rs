@@ -48,6 +48,8 @@ enum Scenario {
     Die,
     /// Every rank makes two reductions and says what it is told.
     Told,
+    /// As before, but the last rank gathers where the others reduce.
+    Odd,
 }
 
 fn main() {
@@ -86,7 +88,7 @@ fn device(args: &Args) -> Result<(), CollectiveError> {
     let mut options =
         NcclOptions { caller_stream: stream_order::caller_stream(), ..NcclOptions::new(ordinal, deadline) };
     options.chunk_numel = args.chunk_numel.unwrap_or(options.chunk_numel);
-    let collective = NcclCollective::init(control, options)?;
+    let collective = NcclCollective::init(control.into(), options)?;
     let memory = collective.memory();
     finish(args, &collective, &memory, || stream_order::check(&collective, ordinal));
     Ok(())

@@ -39,10 +39,14 @@ pub fn play(scenario: Scenario, collective: &dyn Collective, memory: &dyn Memory
             println!("rank {rank} of {world_size}: after {after:.1} s: {told}; buffer freed: {freed}");
             collective.abort(3);
         }
-        Scenario::Told => {
+        Scenario::Told | Scenario::Odd => {
             for _ in 0..2 {
-                let buffer = memory.put(Region::from_vec(vec![1f32; 1000]))?;
-                let waited = collective.all_reduce(buffer, ReduceOp::Sum).and_then(|p| p.wait(collective.deadline()));
+                let buffer = memory.put(Region::from_vec(vec![1f32; 1000 * world_size]))?;
+                let pending = match scenario == Scenario::Odd && rank + 1 == world_size {
+                    true => collective.all_gather(None, buffer),
+                    false => collective.all_reduce(buffer, ReduceOp::Sum),
+                };
+                let waited = pending.and_then(|pending| pending.wait(collective.deadline()));
                 println!("rank {rank} of {world_size}: told: {}", told(waited));
             }
         }
