@@ -10,6 +10,7 @@ use crate::{
     backend::{Backend, Landed},
     chunk::{Sha256Digest, fingerprint},
     error::CheckpointError,
+    header::MAX_HEADER_BYTES,
     keys,
     manifest::{Dtype, check_name, checked_numel},
     runtime,
@@ -24,8 +25,6 @@ use std::sync::Arc;
 
 /// The tensor data of a shard start at a multiple of this, so that a mapped file is aligned for any vector unit.
 const ALIGN_BYTES: usize = 64;
-/// The longest header that safetensors' readers accept.
-const MAX_HEADER_BYTES: usize = 100_000_000;
 /// Parts of a shard that are hashed and sent at a time.
 const PARTS_IN_FLIGHT: usize = 4;
 
@@ -266,7 +265,7 @@ fn header(tensors: &[SliceRecord]) -> Result<Vec<u8>, String> {
     bytes.push(b'}');
     bytes.resize(bytes.len().next_multiple_of(ALIGN_BYTES), b' ');
     let json_bytes = bytes.len() - 8;
-    if json_bytes > MAX_HEADER_BYTES {
+    if json_bytes as u64 > MAX_HEADER_BYTES {
         return Err(format!(
             "{} slices make a header of {json_bytes} bytes; safetensors allows {MAX_HEADER_BYTES}",
             tensors.len()

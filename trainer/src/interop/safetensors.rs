@@ -4,16 +4,14 @@ use super::file::TensorFile;
 use super::values::{Dtype, RawTensor, TensorSpec};
 use super::{InteropError, NamedWeights};
 use crate::images::AtomicFile;
+use checkpoint::SafetensorsHeader;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-
-/// The longest header that safetensors' readers accept.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// An open safetensors file; values are read on demand.
 #[derive(Debug)]
@@ -33,33 +31,17 @@ impl SafetensorsFile {
     /// [`InteropError::Malformed`] when header and file length do not agree.
     pub fn open(path: &Path) -> Result<Self, InteropError> {
         let malformed = |reason: String| InteropError::Malformed { path: path.into(), format: "safetensors", reason };
-        let mut file = File::open(path).map_err(InteropError::io(path, "open"))?;
+        let file = File::open(path).map_err(InteropError::io(path, "open"))?;
         let file_bytes = file.metadata().map_err(InteropError::io(path, "open"))?.len();
-        let mut length = [0; 8];
-        file.read_exact(&mut length).map_err(|_| malformed(format!("it has only {file_bytes} bytes")))?;
-        let header_bytes = u64::from_le_bytes(length);
-        if header_bytes > MAX_HEADER_BYTES.min(file_bytes - 8) {
-            return Err(malformed(format!("a header of {header_bytes} bytes in a file of {file_bytes}")));
-        }
-        let mut header = vec![0; header_bytes as usize];
-        file.read_exact(&mut header).map_err(InteropError::io(path, "read"))?;
-        let metadata: Metadata =
-            serde_json::from_slice(&header).map_err(|error| malformed(format!("its header: {error}")))?;
-        let (data_start, data_bytes) = (8 + header_bytes, metadata.data_len() as u64);
-        if data_start + data_bytes != file_bytes {
-            return Err(malformed(format!(
-                "its header tells of {data_bytes} bytes of data, but {} follow it",
-                file_bytes - data_start
-            )));
-        }
+        let header = SafetensorsHeader::read(&file, file_bytes).map_err(malformed)?;
         let mut tensors = BTreeMap::new();
         let mut offsets = HashMap::new();
-        for (name, info) in metadata.tensors() {
-            tensors.insert(name.clone(), TensorSpec { dtype: info.dtype, shape: info.shape.clone() });
-            offsets.insert(name, info.data_offsets.0 as u64);
+        for (name, info) in header.tensors {
+            offsets.insert(name.clone(), info.data_offsets.0 as u64);
+            tensors.insert(name, TensorSpec { dtype: info.dtype, shape: info.shape });
         }
-        let about = metadata.metadata().as_ref().and_then(|about| serde_json::to_value(about).ok()).unwrap_or_default();
-        Ok(Self { path: path.into(), file, data_start, tensors, offsets, about })
+        let about = serde_json::to_value(header.about).unwrap_or_default();
+        Ok(Self { path: path.into(), file, data_start: header.data_start, tensors, offsets, about })
     }
 }
 
