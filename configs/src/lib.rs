@@ -19,6 +19,7 @@
 //! | [`exit`] | the exit codes of the programs |
 
 pub mod cache;
+mod columns;
 pub mod error;
 mod event_text;
 pub mod events;

@@ -8,6 +8,7 @@ use futures::StreamExt;
 use object_store::ObjectStore;
 use tokio::sync::OnceCell;
 
+use crate::bounds::check_row_groups;
 use crate::footer::{Footer, SHAPE, VAE_DIGEST};
 use crate::form::{Dtype, Stored};
 use crate::layout::{needs_first_row, settle};
@@ -126,19 +127,55 @@ impl LatentDataset {
         Self::open_at(Location::in_store(store, path, options), &options.columns)
     }
 
+    /// Opens what is sound of a data set, and tells what is not: files that cannot be read or differ from the first sound one are
+    /// left out. For finding everything that is wrong.
+    ///
+    /// # Errors
+    /// If nothing can be opened.
+    pub fn open_sound(url: &str, columns: &Columns) -> Result<(Self, Vec<DataError>), DataError> {
+        Self::open_parts(Location::parse(url, &OpenOptions::of(columns))?, columns)
+    }
+
     fn open_at(location: Location, columns: &Columns) -> Result<Self, DataError> {
+        let (dataset, errors) = Self::open_parts(location, columns)?;
+        DataError::all(errors)?;
+        Ok(dataset)
+    }
+
+    fn open_parts(location: Location, columns: &Columns) -> Result<(Self, Vec<DataError>), DataError> {
         let io = Io::new(&location.name)?;
         let read = async {
-            let files = location.files().await?;
+            let (files, missing) = location.files().await?;
             let footers =
                 futures::stream::iter(files).map(|file| Footer::read(file, columns)).buffered(FOOTERS_AT_ONCE);
-            Ok::<_, DataError>(footers.collect::<Vec<_>>().await)
+            Ok::<_, DataError>((footers.collect::<Vec<_>>().await, missing))
         };
-        let (files, mut errors) = split(io.block_on(read)?);
-        if let Some((first, others)) = files.split_first() {
-            errors.extend(others.iter().filter_map(|file| file.agrees_with(first).err()));
+        let (footers, missing) = io.block_on(read)?;
+        let mut errors: Vec<DataError> = missing.into_iter().collect();
+        let mut files: Vec<Footer> = Vec::with_capacity(footers.len());
+        for footer in footers {
+            let agreeing = footer.and_then(|footer| match files.first() {
+                Some(first) => footer.agrees_with(first).map(|()| footer),
+                None => Ok(footer),
+            });
+            match agreeing {
+                Ok(footer) => files.push(footer),
+                Err(error) => errors.push(error),
+            }
         }
-        DataError::all(errors)?;
+        match Self::of_files(location, columns, files, io) {
+            Ok(dataset) => Ok((dataset, errors)),
+            Err(error) if errors.is_empty() => Err(error),
+            // Without files there is nothing to add to what is wrong with each.
+            Err(DataError::NoData { .. }) => Err(DataError::some(errors)),
+            Err(error) => {
+                errors.push(error);
+                Err(DataError::some(errors))
+            }
+        }
+    }
+
+    fn of_files(location: Location, columns: &Columns, files: Vec<Footer>, io: Io) -> Result<Self, DataError> {
         let row_groups = row_groups(&files);
         let rows = row_groups.last().map_or(0, |group| group.first_row + group.rows);
         let Some(first) = files.first().filter(|_| rows > 0) else {
@@ -169,6 +206,8 @@ impl LatentDataset {
             io,
         };
         dataset.settle_layout()?;
+        let checked = dataset.files.iter().filter_map(|footer| check_row_groups(footer, dataset.meta.row_bytes).err());
+        DataError::all(checked.collect())?;
         Ok(dataset)
     }
 
@@ -342,17 +381,6 @@ impl LatentDataset {
     pub(crate) fn group_of(&self, row: u64) -> usize {
         self.row_groups.partition_point(|group| group.first_row + group.rows <= row)
     }
-}
-
-fn split(results: Vec<Result<Footer, DataError>>) -> (Vec<Footer>, Vec<DataError>) {
-    let (mut footers, mut errors) = (Vec::new(), Vec::new());
-    for result in results {
-        match result {
-            Ok(footer) => footers.push(footer),
-            Err(error) => errors.push(error),
-        }
-    }
-    (footers, errors)
 }
 
 fn row_groups(files: &[Footer]) -> Vec<RowGroup> {

@@ -172,12 +172,13 @@ pub enum DataError {
 
 impl DataError {
     /// One error for all of `errors`; `Ok` if there are none.
-    pub(crate) fn all(mut errors: Vec<DataError>) -> Result<(), DataError> {
-        match errors.len() {
-            0 => Ok(()),
-            1 => Err(errors.remove(0)),
-            _ => Err(DataError::Several(errors)),
-        }
+    pub(crate) fn all(errors: Vec<DataError>) -> Result<(), DataError> {
+        if errors.is_empty() { Ok(()) } else { Err(Self::some(errors)) }
+    }
+
+    /// One error for all of `errors`, at least one.
+    pub(crate) fn some(mut errors: Vec<DataError>) -> DataError {
+        if errors.len() == 1 { errors.remove(0) } else { DataError::Several(errors) }
     }
 
     /// The error of a caught panic.

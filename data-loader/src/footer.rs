@@ -10,6 +10,7 @@ use parquet::file::metadata::PageIndexPolicy;
 use crate::Columns;
 use crate::DataError;
 use crate::access::out_of_parquet;
+use crate::bounds::check_row_groups;
 use crate::form::{Dtype, Form, READABLE, shape_numel};
 use crate::source::{ObjectReader, SourceFile};
 
@@ -67,7 +68,9 @@ impl Footer {
         let (latents, moments, flipped) = latent_columns(&file.name, &metadata, columns)?;
         check_label(&file.name, &metadata, &columns.label)?;
         let has_shape_column = is_shape_column(&metadata, &columns.shape);
-        Ok(Self { file, metadata, keys, latents, moments, flipped, has_shape_column })
+        let footer = Self { file, metadata, keys, latents, moments, flipped, has_shape_column };
+        check_row_groups(&footer, 0)?;
+        Ok(footer)
     }
 
     /// An error about a row of the file's first row group.

@@ -9,6 +9,7 @@
 
 mod access;
 mod block;
+mod bounds;
 mod buckets;
 mod dataset;
 mod decode;
@@ -21,6 +22,7 @@ mod layout;
 mod mix;
 mod narrow;
 mod order;
+mod pages;
 #[cfg(test)]
 mod properties;
 mod read;
@@ -41,7 +43,10 @@ pub use error::DataError;
 pub use fixed::{FixedOptions, FixedRows};
 pub use form::Dtype;
 pub use order::{MixedSource, RowOrder};
-pub use report::{ChannelStats, Inspection, ShapeCount, inspect, verify};
+pub use report::{
+    ChannelStats, ColumnLayout, InspectOptions, Inspection, Layout, Preview, Problem, ReadSpeed, ShapeCount, Spread,
+    Verification, VerifyOptions, inspect, inspect_with, preview, verify, verify_with,
+};
 pub use schedule::{EpochOrder, LaneSchedule, RowRun, ScheduleOptions};
 pub use shapes::{RowShapes, Shapes};
 pub use stores::BlockCache;

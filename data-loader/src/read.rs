@@ -14,6 +14,7 @@ use tokio::runtime::Runtime;
 
 use crate::access::out_of_parquet;
 use crate::block::Extents;
+use crate::bounds::BoundedReader;
 use crate::decode::{self, BadRow, Dims, Flat};
 use crate::source::ObjectReader;
 use crate::{DataError, LatentDataset, RowBlock, RowGroup, RowRun, RowShapes};
@@ -161,7 +162,7 @@ impl LatentDataset {
         );
         let rows: u64 = pieces.iter().map(|piece| piece.rows).sum();
         let builder = ParquetRecordBatchStreamBuilder::new_with_metadata(
-            ObjectReader(footer.file.clone()),
+            BoundedReader(ObjectReader(footer.file.clone())),
             footer.metadata.clone(),
         );
         let projection = ProjectionMask::roots(builder.parquet_schema(), roots);

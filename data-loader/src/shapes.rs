@@ -147,6 +147,7 @@ impl LatentDataset {
                 format!("a shape like {}", template_text(template)),
             ));
         }
+        self.check_group_numel(at, shapes.iter().map(|shape| shape.iter().product::<usize>() as u64).sum())?;
         Ok(RowShapes::collect(shapes.into_iter()))
     }
 }

@@ -77,8 +77,9 @@ impl Location {
         Self { store, name: path.to_string(), path, prefix: String::new(), reader, can_list: true }
     }
 
-    /// The parquet files at the location: the file itself, or all below the folder, sorted by path.
-    pub async fn files(&self) -> Result<Vec<SourceFile>, DataError> {
+    /// The parquet files at the location: the file itself, or all below the folder, sorted by path; and an error if they are
+    /// numbered and parts are missing.
+    pub async fn files(&self) -> Result<(Vec<SourceFile>, Option<DataError>), DataError> {
         let failed = |source| DataError::Store { file: self.name.clone(), source };
         let nothing = |what: &str| DataError::NoData { url: self.name.clone(), what: what.into() };
         let is_folder = if self.reader.is_none() {
@@ -99,7 +100,7 @@ impl Location {
                 },
             };
             if let Some(meta) = found {
-                return Ok(vec![self.file(meta)]);
+                return Ok((vec![self.file(meta)], None));
             }
         }
         let listed: Vec<_> = match &self.reader {
@@ -116,10 +117,8 @@ impl Location {
         }
         files.sort_by(|a, b| a.path.as_ref().cmp(b.path.as_ref()));
         let missing = missing_parts(files.iter().map(|file| file.path.as_ref()));
-        if !missing.is_empty() {
-            return Err(DataError::MissingParts { folder: self.name.clone(), missing });
-        }
-        Ok(files)
+        let error = (!missing.is_empty()).then(|| DataError::MissingParts { folder: self.name.clone(), missing });
+        Ok((files, error))
     }
 
     fn file(&self, meta: ObjectMeta) -> SourceFile {

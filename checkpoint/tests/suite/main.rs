@@ -1,6 +1,7 @@
 //! The protocol through the public interface, on the memory and the file store and on one that misbehaves.
 #![allow(clippy::unwrap_used)]
 
+mod corpus;
 mod damage;
 mod fault_schedules;
 mod fencing;

@@ -2,6 +2,7 @@
 
 mod inspect;
 mod place;
+mod progress;
 mod verify;
 
 use std::process::ExitCode;
@@ -18,9 +19,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Read a whole data set and tell what it holds.
+    /// Tell what a data set holds, how it is laid out, and draw it.
     Inspect(inspect::InspectArgs),
-    /// Decode every page and name each problem; fails if there is one.
+    /// Read every page and name each problem; fails if there is one.
     Verify(verify::VerifyArgs),
 }
 

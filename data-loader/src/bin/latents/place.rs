@@ -1,8 +1,7 @@
 //! The arguments that name a data set.
 
-use anyhow::Context;
 use clap::Args;
-use data_loader::{Columns, LatentDataset};
+use data_loader::{Columns, DataError, LatentDataset};
 
 /// Which data set, and what its columns are called.
 #[derive(Args)]
@@ -14,6 +13,16 @@ pub struct Place {
 }
 
 impl Place {
+    /// What was typed, without secrets.
+    pub fn url(&self) -> String {
+        configs::location::redact(&self.url)
+    }
+
+    /// Opens what is sound of it, and tells what is not.
+    pub fn open_sound(&self) -> anyhow::Result<(LatentDataset, Vec<DataError>)> {
+        Ok(LatentDataset::open_sound(&self.url, &self.names.columns()?)?)
+    }
+
     /// Opens it.
     pub fn open(&self) -> anyhow::Result<LatentDataset> {
         Ok(LatentDataset::open(&self.url, &self.names.columns()?)?)
@@ -31,23 +40,6 @@ pub struct ColumnNames {
 impl ColumnNames {
     /// The names, with the defaults for those that are not given.
     pub fn columns(&self) -> anyhow::Result<Columns> {
-        let mut columns = Columns::default();
-        for text in &self.columns {
-            let (key, name) = text.split_once('=').with_context(|| format!("--column {text}: expected KEY=NAME"))?;
-            let column = match key {
-                "latent" => &mut columns.latent,
-                "latent_mean" => &mut columns.latent_mean,
-                "latent_logvar" => &mut columns.latent_logvar,
-                "latent_flipped" => &mut columns.latent_flipped,
-                "label" => &mut columns.label,
-                "id" => &mut columns.id,
-                "shape" => &mut columns.shape,
-                _ => anyhow::bail!(
-                    "--column {text}: unknown key `{key}`; expected latent, latent_mean, latent_logvar, latent_flipped, label, id or shape"
-                ),
-            };
-            *column = name.to_owned();
-        }
-        Ok(columns)
+        Columns::from_pairs(&self.columns).map_err(anyhow::Error::msg)
     }
 }
