@@ -31,6 +31,8 @@ enum Command {
     Export(commands::export::ExportArgs),
     /// What is in a checkpoint or file of weights: step, config, tensors and their statistics.
     Inspect(commands::inspect::InspectArgs),
+    /// What the latents of a data set decode to, as a PNG.
+    Preview(commands::preview::PreviewArgs),
     /// SHA-256 of a checkpoint's values.
     Digest(commands::digest::DigestArgs),
     /// Everything that a run of a config starts from and draws, for training the same in another program.
@@ -52,6 +54,7 @@ fn main() {
         Command::Import(args) => commands::import::import(&args).map(|()| 0),
         Command::Export(args) => commands::export::export(&args).map(|()| 0),
         Command::Inspect(args) => commands::inspect::inspect(&args).map(|()| 0),
+        Command::Preview(args) => commands::preview::preview(&args).map(|()| 0),
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
         Command::Draws(args) => commands::draws::draws(&args).map(|()| 0),
         Command::Ema(args) => commands::ema::ema(&args).map(|()| 0),

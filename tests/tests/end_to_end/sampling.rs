@@ -45,6 +45,25 @@ fn samples_depend_on_seed_labels_and_guidance_and_on_nothing_else() {
 }
 
 #[test]
+fn a_data_set_is_previewed_decoded() {
+    let experiment = Experiment::new();
+    write_dataset(&experiment.path("data"), |_, _| {});
+    let preview = |options: &[&str]| {
+        let mut command = Command::new(binary("trainer"));
+        command.arg("preview").arg(experiment.path("data")).args(["--vae", &vae(), "--out"]);
+        run(command.arg(experiment.path("p.png")).args(options))
+    };
+    let done = preview(&["--num", "6"]);
+    assert_eq!(done.code, Some(0), "{}", done.text());
+    let plain = fs::read(experiment.path("p.png")).unwrap();
+    assert_eq!(image_size(&plain), (2 + 3 * 18, 2 + 2 * 18), "3 wide, 2 rows of 16×16 images with a gap of 2");
+    assert_eq!(preview(&["--num", "6", "--stored-scale", "3"]).code, Some(0));
+    assert_ne!(plain, fs::read(experiment.path("p.png")).unwrap());
+    let refused = preview(&["--stored-scale", "0"]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("--stored-scale 0"), "{}", refused.text());
+}
+
+#[test]
 fn grids_are_drawn_while_training_and_do_not_depend_on_the_ranks_or_change_the_run() {
     let experiment = Experiment::new();
     let vae = format!("sample.vae={:?}", vae());

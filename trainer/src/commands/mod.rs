@@ -9,6 +9,7 @@ pub mod evaluate;
 pub mod export;
 pub mod import;
 pub mod inspect;
+pub mod preview;
 pub mod ranks;
 pub mod sample;
 pub mod train;
