@@ -34,6 +34,7 @@ mod reader;
 pub mod resume;
 pub mod sampler;
 pub mod schema;
+mod urls;
 pub mod validation;
 
 pub use cache::CacheConfig;
@@ -42,4 +43,5 @@ pub use fid::FidConfig;
 pub use resume::{KeyChange, changed_experiment_keys};
 pub use sampler::{GuidedChannels, Sampler};
 pub use schema::*;
+pub use urls::Urls;
 pub use validation::ValidationConfig;

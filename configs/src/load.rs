@@ -10,6 +10,7 @@ use crate::lanes::MAX_LANES;
 use crate::reader::Reader;
 use crate::sampler::{GuidedChannels, Sampler};
 use crate::schema::*;
+use crate::urls::Urls;
 use crate::validation::loss_metric;
 use crate::{location, overrides, presets};
 
@@ -159,7 +160,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
 fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
     let names = Columns::default();
     DataConfig {
-        url: required_url(r, "data.url", base, "set it to a parquet file or a folder of them"),
+        url: required_urls(r, "data.url", base, "set it to a parquet file or a folder of them"),
         range_rows: r.integer("data.range_rows", 1..=COUNT, 256),
         shuffle_window_rows: r.integer("data.shuffle_window_rows", 1..=COUNT, 4096),
         prefetch_bytes: r.integer("data.prefetch_bytes", 1..=ANY, 64 << 20),
@@ -238,6 +239,16 @@ fn read_preset(r: &mut Reader) -> Option<presets::Preset> {
 fn required_url(r: &mut Reader, key: &'static str, base: &Path, advice: &str) -> String {
     r.require(key, advice);
     optional_url(r, key, base).unwrap_or_default()
+}
+
+/// One URL, or a list of them.
+fn required_urls(r: &mut Reader, key: &'static str, base: &Path, advice: &str) -> Urls {
+    r.require(key, advice);
+    let texts = r.one_or_more_texts(key).unwrap_or_default();
+    if let Some(problem) = texts.iter().find_map(|text| location::defect(text)).filter(|_| r.sound(&[key])) {
+        r.refuse(key, problem, "give a path, or a URL such as s3://bucket/folder");
+    }
+    Urls::new(texts.iter().map(|text| location::resolve(base, text)).collect())
 }
 
 fn optional_url(r: &mut Reader, key: &'static str, base: &Path) -> Option<String> {

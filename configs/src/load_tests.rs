@@ -33,7 +33,7 @@ fn mistake(overrides: &[&str]) -> Mistake {
 fn what_is_left_out_takes_the_documented_default() {
     let config = load(SMALL, &[]).unwrap();
     assert_eq!(config.run.url, "file:///home/ada/runs/a");
-    assert_eq!(config.data.url, "file:///data/a");
+    assert_eq!(config.data.url.iter().collect::<Vec<_>>(), ["file:///data/a"]);
     assert_eq!((config.seed, config.reduction), (0, Reduction::Invariant));
     assert_eq!(
         (config.data.range_rows, config.data.shuffle_window_rows, config.data.prefetch_bytes),
@@ -465,8 +465,23 @@ fn the_shipped_configs_load() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let quickstart = RunConfig::load(&folder.join("quickstart.toml"), &[]).unwrap();
     let root = folder.canonicalize().unwrap().parent().unwrap().to_owned();
-    assert_eq!(location::local_path(&quickstart.data.url), Some(root.join("data/quickstart")));
+    assert_eq!(
+        quickstart.data.url.iter().map(location::local_path).collect::<Vec<_>>(),
+        [Some(root.join("data/quickstart"))]
+    );
     assert_eq!(quickstart.sample.vae, Some(root.join("assets/vae/fashion-kl-f4")));
     let paper = RunConfig::load(&folder.join("dit-xl-2.toml"), &[]).unwrap();
     assert_eq!((paper.global_batch(), paper.model.hidden_size, paper.optimizer.lr), (256, 1152, 1e-4));
+}
+
+#[test]
+fn several_data_urls_are_a_list_whose_secrets_are_not_shown() {
+    let config = load(SMALL, &["data.url=[\"a/x-*.parquet\", \"s3://b/part-{00..07}.parquet\"]"]).unwrap();
+    let urls: Vec<&str> = config.data.url.iter().collect();
+    assert!(urls[0].starts_with("file:///") && urls[0].ends_with("/a/x-*.parquet"), "{urls:?}");
+    assert_eq!(urls[1], "s3://b/part-{00..07}.parquet");
+    assert_eq!(config.to_json()["data"]["url"].as_array().map(Vec::len), Some(2));
+    let shown = mistake(&["data.url=[\"s3://key:hunter2@b/x\", 3]"]).to_string();
+    assert!(shown.contains("array of strings") && !shown.contains("hunter2"), "{shown}");
+    assert!(mistake(&["data.url=[]"]).to_string().contains("array of strings"));
 }

@@ -171,6 +171,23 @@ impl<'a> Reader<'a> {
         texts
     }
 
+    /// A string, or an array of at least one. As for [`Reader::optional_text`], an override may be another TOML value.
+    pub(crate) fn one_or_more_texts(&mut self, key: &'static str) -> Option<Vec<String>> {
+        let Value::Array(array) = self.take(key)? else { return self.optional_text(key).map(|text| vec![text]) };
+        let texts: Option<Vec<String>> = array.iter().map(|value| value.as_str().map(str::to_owned)).collect();
+        match texts.filter(|texts| !texts.is_empty()) {
+            Some(texts) => Some(texts),
+            None => {
+                self.refuse(
+                    key,
+                    "is neither a string nor an array of strings",
+                    "write one in quotes, or several in brackets",
+                );
+                None
+            }
+        }
+    }
+
     pub(crate) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
         match self.take(key) {
             None => default,
@@ -319,6 +336,10 @@ fn shown(key: &str, value: &Value) -> String {
             format!("\"{}\"", crate::location::redact(text))
         }
         Value::Table(_) => "a section".to_owned(),
+        Value::Array(values) => {
+            let shown: Vec<String> = values.iter().map(|value| shown(key, value)).collect();
+            format!("[{}]", shown.join(", "))
+        }
         other => other.to_string(),
     };
     match text.char_indices().nth(80) {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache::CacheConfig;
 use crate::fid::FidConfig;
 use crate::sampler::{GuidedChannels, Sampler};
+use crate::urls::Urls;
 use crate::validation::ValidationConfig;
 
 /// Everything that a run needs to know.
@@ -79,8 +80,8 @@ pub enum Reduction {
 /// `[data]`
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct DataConfig {
-    /// Absolute URL of a parquet file or a folder of them; required. May hold credentials.
-    pub url: String,
+    /// Parquet files, folders of them, or names with ranges or wildcards; required.
+    pub url: Urls,
     /// Longest run of consecutive rows that is dealt to a lane as one piece; longer row groups are cut. At least 1.
     pub range_rows: u64,
     /// Rows of a lane that are shuffled among each other. At least 1.
@@ -584,7 +585,7 @@ impl RunConfig {
     pub fn to_json(&self) -> serde_json::Value {
         let mut shown = self.clone();
         shown.run.url = crate::location::redact(&self.run.url);
-        shown.data.url = crate::location::redact(&self.data.url);
+        shown.data.url = self.data.url.redacted();
         if let Some(validation) = &mut shown.validation {
             validation.url = crate::location::redact(&validation.url);
         }

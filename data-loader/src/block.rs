@@ -94,13 +94,19 @@ pub struct RowBlock {
 }
 
 impl RowBlock {
-    pub(crate) fn zeros(stored: &[Stored], shapes: &Arc<RowShapes>, rows: Vec<u64>, with_ids: bool) -> Self {
+    pub(crate) fn zeros(
+        stored: &[Stored],
+        shapes: &Arc<RowShapes>,
+        rows: Vec<u64>,
+        with_labels: bool,
+        with_ids: bool,
+    ) -> Self {
         let count = rows.len();
         let extents = Extents::of(shapes, &rows);
         let numel = extents.offset(count);
         Self {
             extents,
-            labels: vec![0; count],
+            labels: vec![0; if with_labels { count } else { 0 }],
             latents: stored.iter().map(|column| Numbers::zeros(column.dtype, numel)).collect(),
             ids: if with_ids { vec![String::new(); count] } else { Vec::new() },
             rows,
@@ -122,7 +128,7 @@ impl RowBlock {
         &self.rows
     }
 
-    /// The labels.
+    /// The labels; none where the data set has none.
     pub fn labels(&self) -> &[i64] {
         &self.labels
     }

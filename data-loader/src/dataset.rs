@@ -1,6 +1,7 @@
 //! A data set: the parquet files behind a URL, opened by their footers, read by rows.
 
 use sha2::{Digest, Sha256};
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -9,12 +10,12 @@ use object_store::ObjectStore;
 use tokio::sync::OnceCell;
 
 use crate::bounds::check_row_groups;
-use crate::footer::{Footer, SHAPE, VAE_DIGEST};
+use crate::footer::{Footer, Label, SHAPE, VAE_DIGEST, missing};
 use crate::form::{Dtype, Stored};
 use crate::layout::{needs_first_row, settle};
 use crate::read::Io;
 use crate::shapes::template_text;
-use crate::source::Location;
+use crate::source::{Found, Location};
 use crate::{Columns, OpenOptions};
 use crate::{DataError, LaneSchedule, RowBlock, RowOrder, RowShapes, ScheduleOptions, Shapes};
 
@@ -37,6 +38,8 @@ pub struct DatasetMeta {
     pub vae_digest: Option<String>,
     /// Rows of all files.
     pub rows: u64,
+    /// Whether rows have labels.
+    pub labels: bool,
     /// Whether posterior moments are stored instead of latents.
     pub moments: bool,
     /// Whether the mirrored image's latents are stored too.
@@ -99,7 +102,24 @@ impl LatentDataset {
     /// # Errors
     /// As [`LatentDataset::open`].
     pub fn open_with(url: &str, options: &OpenOptions) -> Result<Self, DataError> {
-        Self::open_at(Location::parse(url, options)?, &options.columns)
+        Self::open_all([url], options)
+    }
+
+    /// Opens several locations as one data set, in the order in which they are named. Each is a file, a folder, or a name with
+    /// ranges (`part-{00000..00007}-of-00008.parquet`) or wildcards (`train-*.parquet`).
+    ///
+    /// # Errors
+    /// As [`LatentDataset::open`], or if a file is named twice.
+    pub fn open_all<'a>(urls: impl IntoIterator<Item = &'a str>, options: &OpenOptions) -> Result<Self, DataError> {
+        let (mut locations, mut errors) = (Vec::new(), Vec::new());
+        for url in urls {
+            match Location::parse(url, options) {
+                Ok(location) => locations.push(location),
+                Err(error) => errors.push(error),
+            }
+        }
+        DataError::all(errors)?;
+        Self::open_at(&locations, &options.columns)
     }
 
     /// The same in a store that the caller has made.
@@ -124,7 +144,7 @@ impl LatentDataset {
         path: object_store::path::Path,
         options: &OpenOptions,
     ) -> Result<Self, DataError> {
-        Self::open_at(Location::in_store(store, path, options), &options.columns)
+        Self::open_at(&[Location::in_store(store, path, options)], &options.columns)
     }
 
     /// Opens what is sound of a data set, and tells what is not: files that cannot be read or differ from the first sound one are
@@ -133,25 +153,39 @@ impl LatentDataset {
     /// # Errors
     /// If nothing can be opened.
     pub fn open_sound(url: &str, columns: &Columns) -> Result<(Self, Vec<DataError>), DataError> {
-        Self::open_parts(Location::parse(url, &OpenOptions::of(columns))?, columns)
+        Self::open_parts(&[Location::parse(url, &OpenOptions::of(columns))?], columns)
     }
 
-    fn open_at(location: Location, columns: &Columns) -> Result<Self, DataError> {
-        let (dataset, errors) = Self::open_parts(location, columns)?;
+    fn open_at(locations: &[Location], columns: &Columns) -> Result<Self, DataError> {
+        let (dataset, errors) = Self::open_parts(locations, columns)?;
         DataError::all(errors)?;
         Ok(dataset)
     }
 
-    fn open_parts(location: Location, columns: &Columns) -> Result<(Self, Vec<DataError>), DataError> {
-        let io = Io::new(&location.name)?;
-        let read = async {
-            let (files, missing) = location.files().await?;
-            let footers =
-                futures::stream::iter(files).map(|file| Footer::read(file, columns)).buffered(FOOTERS_AT_ONCE);
-            Ok::<_, DataError>((footers.collect::<Vec<_>>().await, missing))
+    fn open_parts(locations: &[Location], columns: &Columns) -> Result<(Self, Vec<DataError>), DataError> {
+        let name = match locations {
+            [] => return Err(DataError::NoData { url: "`data.url`".into(), what: "the list of URLs is empty".into() }),
+            [only] => only.name.clone(),
+            [first, others @ ..] => format!("{} and {} more", first.name, others.len()),
         };
-        let (footers, missing) = io.block_on(read)?;
-        let mut errors: Vec<DataError> = missing.into_iter().collect();
+        let io = Io::new(&name)?;
+        let mut found = Found::default();
+        io.block_on(async {
+            let mut of_locations = futures::stream::iter(locations).map(Location::files).buffered(FOOTERS_AT_ONCE);
+            while let Some(of_location) = of_locations.next().await {
+                found.add(of_location);
+            }
+        });
+        let Found { files, mut errors } = found;
+        let mut names = HashSet::new();
+        errors.extend(files.iter().filter(|file| !names.insert(&file.name)).map(|file| DataError::Request {
+            url: file.name.clone(),
+            reason: "`data.url` names this file twice; every row may be there once".into(),
+        }));
+        let footers = io.block_on(async {
+            let read = futures::stream::iter(files).map(|file| Footer::read(file, columns)).buffered(FOOTERS_AT_ONCE);
+            read.collect::<Vec<_>>().await
+        });
         let mut files: Vec<Footer> = Vec::with_capacity(footers.len());
         for footer in footers {
             let agreeing = footer.and_then(|footer| match files.first() {
@@ -163,7 +197,7 @@ impl LatentDataset {
                 Err(error) => errors.push(error),
             }
         }
-        match Self::of_files(location, columns, files, io) {
+        match Self::of_files(name, columns, files, io) {
             Ok(dataset) => Ok((dataset, errors)),
             Err(error) if errors.is_empty() => Err(error),
             // Without files there is nothing to add to what is wrong with each.
@@ -175,12 +209,13 @@ impl LatentDataset {
         }
     }
 
-    fn of_files(location: Location, columns: &Columns, files: Vec<Footer>, io: Io) -> Result<Self, DataError> {
+    fn of_files(name: String, columns: &Columns, files: Vec<Footer>, io: Io) -> Result<Self, DataError> {
         let row_groups = row_groups(&files);
         let rows = row_groups.last().map_or(0, |group| group.first_row + group.rows);
         let Some(first) = files.first().filter(|_| rows > 0) else {
-            return Err(DataError::NoData { url: location.name, what: "the parquet files have no row".into() });
+            return Err(DataError::NoData { url: name, what: "the parquet files have no row".into() });
         };
+        DataError::all(first.bad_keys())?;
         let mut dataset = Self {
             meta: DatasetMeta {
                 shapes: Shapes::Same,
@@ -189,6 +224,7 @@ impl LatentDataset {
                 num_classes: first.num_classes()?,
                 vae_digest: first.keys.get(VAE_DIGEST).map(|digest| digest.trim_matches('"').to_owned()),
                 rows,
+                labels: first.label != Label::Absent,
                 moments: first.moments,
                 flipped: first.flipped,
                 row_bytes: 0,
@@ -196,7 +232,7 @@ impl LatentDataset {
                 files: files.len(),
                 row_groups: row_groups.len(),
             },
-            name: location.name,
+            name,
             columns: columns.clone(),
             files,
             row_groups,
@@ -240,6 +276,22 @@ impl LatentDataset {
     /// Whether [`Columns::shape`] says the shapes of the rows.
     pub(crate) fn has_shape_column(&self) -> bool {
         self.has_shape_column
+    }
+
+    /// Refuses a data set without labels; `what` needs them.
+    ///
+    /// # Errors
+    /// [`DataError::MissingColumn`].
+    pub fn require_labels(&self, what: &str) -> Result<(), DataError> {
+        let first = &self.files[0];
+        if self.meta.labels {
+            return Ok(());
+        }
+        Err(missing(
+            &first.file.name,
+            &first.metadata,
+            format!("`{}`, which {what} takes the class from", self.columns.label),
+        ))
     }
 
     /// Refuses a data set whose rows have shapes of their own; `what` needs one shape.
@@ -397,5 +449,7 @@ fn row_groups(files: &[Footer]) -> Vec<RowGroup> {
     groups
 }
 
+#[cfg(test)]
+mod location_tests;
 #[cfg(test)]
 mod tests;

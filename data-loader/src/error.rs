@@ -177,7 +177,12 @@ impl DataError {
     }
 
     /// One error for all of `errors`, at least one.
-    pub(crate) fn some(mut errors: Vec<DataError>) -> DataError {
+    pub(crate) fn some(errors: Vec<DataError>) -> DataError {
+        let each = |error| match error {
+            DataError::Several(errors) => errors,
+            one => vec![one],
+        };
+        let mut errors: Vec<DataError> = errors.into_iter().flat_map(each).collect();
         if errors.len() == 1 { errors.remove(0) } else { DataError::Several(errors) }
     }
 

@@ -36,6 +36,7 @@ impl LatentDataset {
     /// If a row does not exist or cannot be read, or its label is no class.
     pub fn fixed_rows(&self, rows: &[u64], options: FixedOptions) -> Result<FixedRows, DataError> {
         self.require_one_shape("the held-out loss")?;
+        self.require_labels("the held-out loss")?;
         let numel = self.latent_numel();
         let mut fixed = FixedRows { rows: rows.to_vec(), ..FixedRows::default() };
         fixed.x_start.reserve_exact(rows.len() * numel);

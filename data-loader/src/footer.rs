@@ -11,8 +11,9 @@ use crate::Columns;
 use crate::DataError;
 use crate::access::out_of_parquet;
 use crate::bounds::check_row_groups;
+use crate::features::Features;
 use crate::form::{Dtype, Form, READABLE, shape_numel};
-use crate::source::{ObjectReader, SourceFile};
+use crate::source::{ObjectReader, SourceFile, partition};
 
 pub(crate) const SHAPE: &str = "ditharos.latent_shape";
 pub(crate) const SCALING_FACTOR: &str = "ditharos.scaling_factor";
@@ -20,7 +21,18 @@ pub(crate) const NUM_CLASSES: &str = "ditharos.num_classes";
 pub(crate) const VAE_DIGEST: &str = "ditharos.vae_digest";
 /// Number type of latents in binary columns; without it, two bytes a number are f16 and four are f32.
 pub(crate) const DTYPE: &str = "ditharos.latent_dtype";
+const PANDAS_ATTRS: &str = "PANDAS_ATTRS";
 const KEYS: [&str; 5] = [SHAPE, SCALING_FACTOR, NUM_CLASSES, VAE_DIGEST, DTYPE];
+
+/// Where the labels of a file come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Label {
+    Column,
+    /// The folder: all rows have this one.
+    Folder(i64),
+    /// Nowhere.
+    Absent,
+}
 
 /// The footer of one file.
 pub(crate) struct Footer {
@@ -28,6 +40,10 @@ pub(crate) struct Footer {
     pub metadata: ArrowReaderMetadata,
     /// The `ditharos.*` keys.
     pub keys: BTreeMap<&'static str, String>,
+    /// What Hugging Face `datasets` says.
+    pub features: Features,
+    /// Where labels come from.
+    pub label: Label,
     /// The latent columns, in the order of [`crate::decode::RowBlock`]: value or mean, log-variance, then the mirrored ones.
     pub latents: Vec<(String, Form)>,
     pub moments: bool,
@@ -64,11 +80,18 @@ impl Footer {
                 }
             }
         }
-        let keys = keys(&metadata);
-        let (latents, moments, flipped) = latent_columns(&file.name, &metadata, columns)?;
-        check_label(&file.name, &metadata, &columns.label)?;
+        let (latents, label) =
+            (latent_columns(&file.name, &metadata, columns), label(&file, &metadata, &columns.label));
+        let (latents, label) = match (latents, label) {
+            (Ok(latents), Ok(label)) => (latents, label),
+            (latents, label) => {
+                return Err(DataError::some([latents.err(), label.err()].into_iter().flatten().collect()));
+            }
+        };
+        let (latents, moments, flipped) = latents;
+        let (keys, features) = (keys(&metadata), Features::of(&metadata, &latents[0].0, &columns.label));
         let has_shape_column = is_shape_column(&metadata, &columns.shape);
-        let footer = Self { file, metadata, keys, latents, moments, flipped, has_shape_column };
+        let footer = Self { file, metadata, keys, features, label, latents, moments, flipped, has_shape_column };
         check_row_groups(&footer, 0)?;
         Ok(footer)
     }
@@ -110,6 +133,13 @@ impl Footer {
             let text = |footer: &Footer| if footer.has_shape_column { "present" } else { "absent" }.to_owned();
             return differs("the column of shapes".into(), text(self), text(first));
         }
+        if (self.label == Label::Absent) != (first.label == Label::Absent) {
+            let text = |footer: &Footer| if footer.label == Label::Absent { "absent" } else { "present" }.to_owned();
+            return differs("the label".into(), text(self), text(first));
+        }
+        if self.features != first.features {
+            return differs("metadata key `huggingface`".into(), self.features.to_string(), first.features.to_string());
+        }
         for key in KEYS {
             let value =
                 |footer: &Footer| footer.keys.get(key).map_or("absent".to_owned(), |value| format!("`{value}`"));
@@ -129,10 +159,16 @@ impl Footer {
         }
     }
 
+    /// What is wrong with the values of keys.
+    pub fn bad_keys(&self) -> Vec<DataError> {
+        let errors = [self.shape().err(), self.dtype().err(), self.scaling_factor().err(), self.num_classes().err()];
+        errors.into_iter().flatten().collect()
+    }
+
     /// `ditharos.latent_shape`, if given; `None` for dimensions that differ from row to row.
     pub fn shape(&self) -> Result<Option<Vec<Option<usize>>>, DataError> {
         let Some(text) = self.keys.get(SHAPE) else {
-            return Ok(None);
+            return Ok(self.features.shape.clone());
         };
         let fits = |dims: &Vec<Option<usize>>| {
             let least: Vec<usize> = dims.iter().map(|dim| dim.unwrap_or(1)).collect();
@@ -166,17 +202,23 @@ impl Footer {
     /// `ditharos.num_classes`, if given.
     pub fn num_classes(&self) -> Result<Option<usize>, DataError> {
         let Some(text) = self.keys.get(NUM_CLASSES) else {
-            return Ok(None);
+            return Ok(self.features.num_classes);
         };
         let classes = text.trim().parse::<usize>().ok().filter(|classes| *classes > 0);
         classes.map(Some).ok_or_else(|| self.bad_key(NUM_CLASSES, "a positive whole number"))
     }
 }
 
-/// The keys of the footer, and those that a writer put into the embedded arrow schema instead.
+/// The keys of the footer, those that a writer put into the embedded arrow schema instead, and those that pandas keeps for
+/// `DataFrame.attrs`.
 fn keys(metadata: &ArrowReaderMetadata) -> BTreeMap<&'static str, String> {
     let found = metadata.schema().metadata();
-    KEYS.iter().filter_map(|key| Some((*key, found.get(key)?.clone()))).collect()
+    let attrs: Option<serde_json::Value> = found.get(PANDAS_ATTRS).and_then(|text| serde_json::from_str(text).ok());
+    let of_pandas = |key: &str| match attrs.as_ref()?.get(key)? {
+        serde_json::Value::String(text) => Some(text.clone()),
+        other => Some(other.to_string()),
+    };
+    KEYS.iter().filter_map(|key| Some((*key, found.get(key).cloned().or_else(|| of_pandas(key))?))).collect()
 }
 
 type LatentColumns = (Vec<(String, Form)>, bool, bool);
@@ -224,24 +266,28 @@ fn latent_columns(file: &str, metadata: &ArrowReaderMetadata, columns: &Columns)
     Ok((latents, moments, flipped))
 }
 
-fn check_label(file: &str, metadata: &ArrowReaderMetadata, label: &str) -> Result<(), DataError> {
-    let Some((_, field)) = metadata.schema().column_with_name(label) else {
-        return Err(missing(file, metadata, format!("`{label}`")));
+fn label(file: &SourceFile, metadata: &ArrowReaderMetadata, name: &str) -> Result<Label, DataError> {
+    let wrong = |found: String, expected: &str| {
+        let (file, column, expected) = (file.name.clone(), name.to_owned(), expected.to_owned());
+        Err(DataError::ColumnType { file, column, found, expected })
+    };
+    let Some((_, field)) = metadata.schema().column_with_name(name) else {
+        return match partition(&file.path, name) {
+            None => Ok(Label::Absent),
+            Some(text) => match text.parse() {
+                Ok(label) => Ok(Label::Folder(label)),
+                Err(_) => wrong(format!("`{text}` in the name of its folder"), "an integer"),
+            },
+        };
     };
     let values = match field.data_type() {
         DataType::Dictionary(_, values) => values,
         plain => plain,
     };
     if values.is_integer() {
-        return Ok(());
+        return Ok(Label::Column);
     }
-    let expected = "an integer (plain or dictionary-encoded)".into();
-    Err(DataError::ColumnType {
-        file: file.into(),
-        column: label.into(),
-        found: field.data_type().to_string(),
-        expected,
-    })
+    wrong(field.data_type().to_string(), "an integer (plain or dictionary-encoded)")
 }
 
 /// Whether `name` is a column of integer lists.
@@ -258,7 +304,7 @@ fn is_shape_column(metadata: &ArrowReaderMetadata, name: &str) -> bool {
     }
 }
 
-fn missing(file: &str, metadata: &ArrowReaderMetadata, wanted: String) -> DataError {
+pub(crate) fn missing(file: &str, metadata: &ArrowReaderMetadata, wanted: String) -> DataError {
     let found = metadata.schema().fields().iter().map(|field| format!("`{}`", field.name())).collect();
     DataError::MissingColumn { file: file.into(), wanted, found }
 }

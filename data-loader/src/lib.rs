@@ -15,6 +15,7 @@ mod dataset;
 mod decode;
 pub mod draws;
 mod error;
+mod features;
 mod fixed;
 mod footer;
 mod form;
@@ -23,6 +24,7 @@ mod mix;
 mod narrow;
 mod order;
 mod pages;
+mod pattern;
 #[cfg(test)]
 mod properties;
 mod read;

@@ -16,6 +16,7 @@ use crate::access::out_of_parquet;
 use crate::block::Extents;
 use crate::bounds::BoundedReader;
 use crate::decode::{self, BadRow, Dims, Flat};
+use crate::footer::Label;
 use crate::source::ObjectReader;
 use crate::{DataError, LatentDataset, RowBlock, RowGroup, RowRun, RowShapes};
 
@@ -116,7 +117,7 @@ impl LatentDataset {
             }
         }
         let shapes = self.load_shapes().await?;
-        let mut block = RowBlock::zeros(&self.stored, shapes, rows, with_ids);
+        let mut block = RowBlock::zeros(&self.stored, shapes, rows, self.meta().labels, with_ids);
         for (at, pieces) in &mut wanted {
             pieces.sort_by_key(|piece| piece.first_in_group);
             if let Some(pair) =
@@ -221,8 +222,14 @@ impl LatentDataset {
                 };
                 flats.push(Flat::of(column(&stored.name)?, stored, &dims).map_err(|error| bad(&stored.name, error))?);
             }
-            let labels =
-                decode::labels(column(&self.columns().label)?).map_err(|error| bad(&self.columns().label, error))?;
+            let labels = match self.files[self.row_groups()[at].file].label {
+                Label::Absent => None,
+                Label::Folder(label) => Some(vec![label; batch.num_rows()]),
+                Label::Column => {
+                    let name = &self.columns().label;
+                    Some(decode::labels(column(name)?).map_err(|error| bad(name, error))?)
+                }
+            };
             let ids = if block.ids.is_empty() {
                 None
             } else {
@@ -233,7 +240,9 @@ impl LatentDataset {
                 for (flat, out) in flats.iter().zip(&mut block.latents) {
                     flat.copy(first, end - first, out, block.extents.offset(*to));
                 }
-                block.labels[*to..to + rows.len()].copy_from_slice(&labels[rows.clone()]);
+                if let Some(labels) = &labels {
+                    block.labels[*to..to + rows.len()].copy_from_slice(&labels[rows.clone()]);
+                }
                 if let Some(ids) = &ids {
                     block.ids[*to..to + rows.len()].clone_from_slice(&ids[rows.clone()]);
                 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use configs::location::{local_path, redact, resolve};
 use futures::future::BoxFuture;
-use futures::{FutureExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
@@ -19,10 +19,14 @@ use stores::{RangeReader, ReadError};
 use url::Url;
 
 use crate::access::{Remote, into_parquet};
+use crate::pattern::{self, AS_IN_A_SHELL, Wildcard, has_wildcards};
 use crate::{DataError, OpenOptions};
 
 /// Bytes from the end of a file that are fetched first: the footer of most files in one request.
 const FOOTER_GUESS_BYTES: usize = 64 * 1024;
+
+/// Names that are looked up at the same time.
+const LOOK_UPS_AT_ONCE: usize = 16;
 
 /// One parquet file of a store.
 #[derive(Clone, Debug)]
@@ -77,48 +81,108 @@ impl Location {
         Self { store, name: path.to_string(), path, prefix: String::new(), reader, can_list: true }
     }
 
-    /// The parquet files at the location: the file itself, or all below the folder, sorted by path; and an error if they are
-    /// numbered and parts are missing.
-    pub async fn files(&self) -> Result<(Vec<SourceFile>, Option<DataError>), DataError> {
-        let failed = |source| DataError::Store { file: self.name.clone(), source };
-        let nothing = |what: &str| DataError::NoData { url: self.name.clone(), what: what.into() };
+    /// The parquet files at the location: the file itself, or all below the folder, sorted by path; of a name with ranges or
+    /// wildcards, those of one name after the other. What was not found is told by at least one error.
+    pub async fn files(&self) -> Found {
+        // A local file or folder of that very name is meant, whatever its name.
+        if self.reader.is_none() && FsPath::new(&self.name).exists() {
+            return Found::of(self.files_at(self.path.clone()).await);
+        }
+        let refuse = |reason: String| DataError::Location { url: self.name.clone(), reason };
+        let names = match pattern::expand(self.path.as_ref()) {
+            Ok(names) => names,
+            Err(reason) => return Found::of(Err(refuse(reason))),
+        };
+        let found = futures::stream::iter(names).map(|name| async move {
+            if has_wildcards(&name) {
+                return self.matching(&name).await;
+            }
+            let path = Path::parse(&name).map_err(|error| refuse(error.to_string()))?;
+            self.files_at(path).await
+        });
+        let mut all = Found::default();
+        let mut found = found.buffered(LOOK_UPS_AT_ONCE);
+        while let Some(found) = found.next().await {
+            all.add(Found::of(found));
+        }
+        all
+    }
+
+    /// The files of a path without wildcards.
+    async fn files_at(&self, path: Path) -> Result<Found, DataError> {
+        let name = format!("{}{path}", self.prefix);
+        let nothing = |what: &str| DataError::NoData { url: name.clone(), what: what.into() };
         let is_folder = if self.reader.is_none() {
-            let about = std::fs::metadata(&self.name).map_err(|e| match e.kind() {
+            let about = std::fs::metadata(&name).map_err(|e| match e.kind() {
                 std::io::ErrorKind::NotFound => nothing("no such file or folder"),
-                _ => DataError::Location { url: self.name.clone(), reason: e.to_string() },
+                _ => DataError::Location { url: name.clone(), reason: e.to_string() },
             })?;
             about.is_dir()
         } else {
-            self.path.as_ref().is_empty()
+            path.as_ref().is_empty()
         };
         if !is_folder {
             let found = match &self.reader {
-                None => Some(self.store.head(&self.path).await.map_err(failed)?),
-                Some(reader) => match reader.look_up(&self.path, &self.name).await {
+                None => {
+                    let failed = |source| DataError::Store { file: name.clone(), source };
+                    Some(self.store.head(&path).await.map_err(failed)?)
+                }
+                Some(reader) => match reader.look_up(&path, &name).await {
                     Err(ReadError::Missing { .. }) if self.can_list => None,
                     found => Some(found?),
                 },
             };
             if let Some(meta) = found {
-                return Ok((vec![self.file(meta)], None));
+                return Ok(Found { files: vec![self.file(meta)], errors: Vec::new() });
             }
         }
-        let listed: Vec<_> = match &self.reader {
-            None => self.store.list(Some(&self.path)).try_collect().await.map_err(failed)?,
-            Some(reader) => reader.list(&self.path, &self.name).await?,
-        };
-        let mut files: Vec<SourceFile> = listed
-            .into_iter()
-            .filter(|meta| is_data_file(&self.path, &meta.location))
-            .map(|meta| self.file(meta))
-            .collect();
-        if files.is_empty() {
-            return Err(nothing("no .parquet file found"));
+        let files = self.below(&path, |file| is_data_file(&path, file)).await?;
+        complete(files, &name, |_| true)
+    }
+
+    /// The files that fit a path with wildcards.
+    async fn matching(&self, path: &str) -> Result<Found, DataError> {
+        let name = format!("{}{path}", self.prefix);
+        let refuse = |reason: String| DataError::Location { url: name.clone(), reason };
+        if !self.can_list {
+            return Err(refuse(
+                "a plain web server does not list its files, so `*` cannot be resolved; name them by a range such as part-{00000..00007}-of-00008.parquet, or by a list of URLs".into(),
+            ));
         }
-        files.sort_by(|a, b| a.path.as_ref().cmp(b.path.as_ref()));
-        let missing = missing_parts(files.iter().map(|file| file.path.as_ref()));
-        let error = (!missing.is_empty()).then(|| DataError::MissingParts { folder: self.name.clone(), missing });
-        Ok((files, error))
+        let wildcard = Wildcard::new(path).map_err(refuse)?;
+        if self.reader.is_some() {
+            let folder = Path::parse(wildcard.folder()).map_err(|error| refuse(error.to_string()))?;
+            let fits = |file: &Path| file.as_ref().ends_with(".parquet") && wildcard.fits(file.as_ref());
+            return complete(self.below(&folder, fits).await?, &name, |missing| wildcard.fits(missing));
+        }
+        // On the disk only folders that fit are looked into.
+        let found = glob::glob_with(&name, AS_IN_A_SHELL).map_err(|error| refuse(error.to_string()))?;
+        let mut files = Vec::new();
+        for path in found {
+            let path = path.map_err(|error| refuse(error.to_string()))?;
+            let at = Path::from_absolute_path(&path).map_err(|error| refuse(error.to_string()))?;
+            if path.is_dir() {
+                let is_data = |file: &Path| is_data_file(&at, file) && wildcard.fits(file.as_ref());
+                files.extend(self.below(&at, is_data).await?);
+            } else if at.as_ref().ends_with(".parquet") && wildcard.fits(at.as_ref()) {
+                let failed = |source| DataError::Store { file: path.display().to_string(), source };
+                files.push(self.file(self.store.head(&at).await.map_err(failed)?));
+            }
+        }
+        complete(files, &name, |missing| wildcard.fits(missing))
+    }
+
+    /// The files below a folder that `is_data`.
+    async fn below(&self, folder: &Path, is_data: impl Fn(&Path) -> bool) -> Result<Vec<SourceFile>, DataError> {
+        let name = format!("{}{folder}", self.prefix);
+        let listed: Vec<_> = match &self.reader {
+            None => {
+                let failed = |source| DataError::Store { file: name.clone(), source };
+                self.store.list(Some(folder)).try_collect().await.map_err(failed)?
+            }
+            Some(reader) => reader.list(folder, &name).await?,
+        };
+        Ok(listed.into_iter().filter(|meta| is_data(&meta.location)).map(|meta| self.file(meta)).collect())
     }
 
     fn file(&self, meta: ObjectMeta) -> SourceFile {
@@ -128,13 +192,55 @@ impl Location {
     }
 }
 
+/// What a location leads to.
+#[derive(Default)]
+pub(crate) struct Found {
+    pub files: Vec<SourceFile>,
+    /// What should be there as well.
+    pub errors: Vec<DataError>,
+}
+
+impl Found {
+    fn of(found: Result<Found, DataError>) -> Self {
+        found.unwrap_or_else(|error| Self { files: Vec::new(), errors: vec![error] })
+    }
+
+    /// Appends what another location leads to.
+    pub fn add(&mut self, other: Found) {
+        self.files.extend(other.files);
+        self.errors.extend(other.errors);
+    }
+}
+
+/// Sorts files, of which there must be one, by path; parts that are missing of a numbered set are an error if they `count`.
+fn complete(mut files: Vec<SourceFile>, name: &str, counts: impl Fn(&str) -> bool) -> Result<Found, DataError> {
+    if files.is_empty() {
+        return Err(DataError::NoData { url: name.to_owned(), what: "no .parquet file found".into() });
+    }
+    files.sort_by(|a, b| a.path.as_ref().cmp(b.path.as_ref()));
+    let missing: Vec<String> = missing_parts(files.iter().map(|file| file.path.as_ref()))
+        .into_iter()
+        .filter(|path| counts(path))
+        .map(|path| path.rsplit('/').next().unwrap_or(&path).to_owned())
+        .collect();
+    let error = (!missing.is_empty()).then(|| DataError::MissingParts { folder: name.to_owned(), missing });
+    Ok(Found { files, errors: error.into_iter().collect() })
+}
+
+/// The value of `key` in a path of the form `…/key=value/part.parquet`, as Hive and Spark lay data sets out.
+pub(crate) fn partition(path: &Path, key: &str) -> Option<String> {
+    let folders = path.as_ref().rsplit_once('/')?.0;
+    let text = folders.split('/').rev().find_map(|folder| folder.strip_prefix(key)?.strip_prefix('='))?;
+    Some(percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned())
+}
+
 /// A `.parquet` file whose path below the folder has no hidden part (`_temporary/`, `.cache/`).
 fn is_data_file(folder: &Path, file: &Path) -> bool {
     let below = file.as_ref().strip_prefix(folder.as_ref()).unwrap_or(file.as_ref());
     file.as_ref().ends_with(".parquet") && !below.split('/').any(|part| part.starts_with(['.', '_']))
 }
 
-/// Names that complete the sets of `<stem>-00003-of-00008.parquet`.
+/// Paths that complete the sets of `<stem>-00003-of-00008.parquet`.
 fn missing_parts<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<String> {
     /// More parts than this are taken for a name that only looks like one.
     const MOST_PARTS: usize = 1_000_000;
@@ -160,10 +266,9 @@ fn missing_parts<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<String> {
             continue;
         }
         let width = parts[0].len();
-        let name = stem.rsplit('/').next().unwrap_or(stem);
         let numbers: std::collections::HashSet<usize> = parts.iter().filter_map(|part| part.parse().ok()).collect();
         missing.extend(
-            (0..count).filter(|n| !numbers.contains(n)).map(|n| format!("{name}-{n:0width$}-of-{total}.parquet")),
+            (0..count).filter(|n| !numbers.contains(n)).map(|n| format!("{stem}-{n:0width$}-of-{total}.parquet")),
         );
     }
     missing
@@ -214,7 +319,7 @@ mod tests {
                 .is_empty()
         );
         let some = ["d/part-00000-of-00003.parquet", "d/part-00002-of-00003.parquet", "d/test-0-of-2.parquet"];
-        assert_eq!(missing_parts(some.into_iter()), ["part-00001-of-00003.parquet", "test-1-of-2.parquet"]);
+        assert_eq!(missing_parts(some.into_iter()), ["d/part-00001-of-00003.parquet", "d/test-1-of-2.parquet"]);
     }
 
     #[test]

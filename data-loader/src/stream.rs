@@ -56,7 +56,7 @@ pub struct MicroBatch {
     pub x_start: Latents,
     /// The shape of each latent.
     pub latent_shape: Vec<usize>,
-    /// Classes `[micro_batch]`.
+    /// Classes `[micro_batch]`; none where the data set has none.
     pub labels: Vec<i64>,
     /// Data set row numbers `[micro_batch]`.
     pub rows: Vec<u64>,
@@ -446,7 +446,7 @@ impl Producer {
                     x.iter_mut().for_each(|x| *x *= *scaling_factor as f32);
                 }
             }
-            batch.labels.push(block.labels()[at]);
+            batch.labels.extend(block.labels().get(at));
             batch.rows.push(block.rows()[at]);
             batch.sources.push(number as u32);
         }

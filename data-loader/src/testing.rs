@@ -56,11 +56,11 @@ pub fn samples(rows: usize, options: &WriterOptions) -> Vec<Sample> {
 
 pub fn write(path: &FsPath, options: WriterOptions, samples: &[Sample]) {
     let means_only = if options.moments { 1 } else { 2 };
-    let mut writer = LatentWriter::create(path, options).unwrap();
+    let mut writer = LatentWriter::create(path, options.clone()).unwrap();
     for Sample { latents, label, id } in samples {
         // Without moments only the means.
         let latents: Vec<&[f32]> = latents.iter().step_by(means_only).map(Vec::as_slice).collect();
-        writer.push_row(Row { latents: &latents, shape: None, label: Some(*label), id }).unwrap();
+        writer.push_row(Row { latents: &latents, shape: None, label: options.labels.then_some(*label), id }).unwrap();
     }
     writer.finish().unwrap();
 }

@@ -98,6 +98,7 @@ impl Recipe {
         let meta = dataset.meta();
         let mut problems = Vec::new();
         dataset.require_one_shape("this model")?;
+        dataset.require_labels("this model")?;
         let [channels, height, width] = meta.latent_shape[..] else {
             let problem =
                 format!("the data set's latents have shape {:?}; expected [channels, side, side]", meta.latent_shape);

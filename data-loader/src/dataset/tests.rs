@@ -126,7 +126,12 @@ fn what_is_missing_is_named() {
     let folder = folder();
     let path = folder.path().join("a.parquet");
     let missing = |columns: Columns| LatentDataset::open(path.to_str().unwrap(), &columns).unwrap_err().to_string();
-    let error = missing(Columns { label: "class".into(), ..Columns::default() });
+    let unlabelled = Columns { label: "class".into(), ..Columns::default() };
+    let unlabelled = LatentDataset::open(path.to_str().unwrap(), &unlabelled).unwrap();
+    assert!(
+        !unlabelled.meta().labels && unlabelled.read(&[RowRun { first_row: 0, rows: 2 }]).unwrap().labels().is_empty()
+    );
+    let error = unlabelled.require_labels("this model").unwrap_err().to_string();
     assert!(error.contains("`class`") && error.contains("`label`") && error.contains("data.columns"), "{error}");
     let error = missing(Columns { latent_mean: "mu".into(), ..Columns::default() });
     assert!(error.contains("`mu`") && error.contains("`latent_mean`"), "{error}");

@@ -196,7 +196,9 @@ impl Tally {
                 }
             }
             tally.non_finite += latent.iter().filter(|number| !number.is_finite()).count() as u64;
-            *tally.labels.entry(block.labels()[row]).or_insert(0) += 1;
+            if let Some(label) = block.labels().get(row) {
+                *tally.labels.entry(*label).or_insert(0) += 1;
+            }
         }
         tally
     }

@@ -231,10 +231,10 @@ fn check_rows(dataset: &LatentDataset, block: &RowBlock, options: &VerifyOptions
                 found.add(dataset.row_error(row, dataset.latent_column(column), text, "finite numbers".into()), most);
             }
         }
-        let label = block.labels()[index];
-        let error = match classes {
-            Some(classes) => dataset.label_error(row, label, classes),
-            None => (label < 0).then(|| {
+        let error = match (block.labels().get(index).copied(), classes) {
+            (None, _) => None,
+            (Some(label), Some(classes)) => dataset.label_error(row, label, classes),
+            (Some(label), None) => (label < 0).then(|| {
                 dataset.row_error(row, &dataset.columns().label, label.to_string(), "a class from 0 on".into())
             }),
         };

@@ -5,15 +5,14 @@ use configs::RunConfig;
 use data_loader::{BlockCache, OpenOptions};
 use std::sync::Arc;
 
-/// How a run's data sets are opened; with its cache, if it asks for one and `url` is remote.
+/// How a run's data sets are opened; with its cache, if it asks for one and some URL is remote.
 ///
 /// # Errors
 /// A folder that cannot hold a cache.
-pub fn open_options(config: &RunConfig, url: &str) -> Result<OpenOptions> {
+pub fn open_options<'a>(config: &RunConfig, urls: impl IntoIterator<Item = &'a str>) -> Result<OpenOptions> {
     let options = OpenOptions::of(&config.data.columns);
-    let Some(wanted) = config.cache.as_ref().filter(|_| configs::location::local_path(url).is_none()) else {
-        return Ok(options);
-    };
+    let remote = urls.into_iter().any(|url| configs::location::local_path(url).is_none());
+    let Some(wanted) = config.cache.as_ref().filter(|_| remote) else { return Ok(options) };
     let dir = wanted.dir.clone().or_else(BlockCache::default_dir);
     let dir =
         dir.context("`cache.dir` is not set, and neither XDG_CACHE_HOME nor HOME tells a folder to take instead")?;

@@ -174,8 +174,8 @@ impl Prepared {
 /// # Errors
 /// A data set that cannot be read or contradicts the config.
 pub fn open_data(config: &RunConfig) -> Result<(LatentDataset, Recipe)> {
-    let dataset =
-        LatentDataset::open_with(&config.data.url, &open_options(config, &config.data.url)?).context("`data.url`")?;
+    let options = open_options(config, config.data.url.iter())?;
+    let dataset = LatentDataset::open_all(config.data.url.iter(), &options).context("`data.url`")?;
     let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
     let recipe = Recipe::resolve(config, &dataset, scaling_factor)?;
     Ok((dataset, recipe))

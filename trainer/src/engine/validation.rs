@@ -39,7 +39,7 @@ impl Validation {
             return Ok(None);
         };
         let place = (collective.rank(), collective.world_size());
-        let held_out = open_options(config, &validation.url).and_then(|options| {
+        let held_out = open_options(config, [validation.url.as_str()]).and_then(|options| {
             HeldOut::open(validation, &options, recipe, model.clone(), device, place).context("`validation.url`")
         });
         let held_out = agree(collective, held_out)?;
