@@ -3,6 +3,7 @@
 use crate::{
     chunk::{CHUNK_BYTES, Fingerprint, Sha256Digest, fingerprint},
     error::CheckpointError,
+    local::Buffers,
     sealed::MAX_SEALED_BYTES,
     store::StoreOptions,
 };
@@ -214,16 +215,17 @@ impl Backend {
         chunk_bytes: u64,
         index: usize,
         expected: Sha256Digest,
+        buffers: &Buffers,
     ) -> Result<Bytes, Failure> {
         let start = index as u64 * chunk_bytes;
         let range = start..object_bytes.min(start.saturating_add(chunk_bytes));
         let wrong = |reason: String| Failure { kind: FailureKind::Final, error: self.damaged(key, reason) };
-        let (mut bytes, size_bytes) = match self.get_range(key, range.clone(), 1).await {
+        let (mut bytes, size_bytes) = match self.get_range(key, range.clone(), 1, buffers).await {
             Ok(found) => found,
             // A range beyond the end of a truncated object fails in as many ways as there are stores: ask for the length.
             Err(failure) if failure.kind == FailureKind::Unknown => match self.size_bytes(key).await {
                 Ok(size) if size != object_bytes => (Bytes::new(), size),
-                Ok(_) => self.get_range(key, range.clone(), TRIES).await?,
+                Ok(_) => self.get_range(key, range.clone(), TRIES, buffers).await?,
                 Err(failure) => return Err(failure),
             },
             Err(failure) => return Err(failure),
@@ -233,7 +235,7 @@ impl Backend {
         }
         // Bytes can be spoilt on their way too: the object is called damaged only if they are wrong twice.
         if Sha256Digest::of(&bytes) != expected {
-            bytes = self.get_range(key, range.clone(), TRIES).await?.0;
+            bytes = self.get_range(key, range.clone(), TRIES, buffers).await?.0;
         }
         let found = Sha256Digest::of(&bytes);
         if found != expected {
@@ -246,10 +248,21 @@ impl Backend {
     }
 
     /// Bytes of an object, and its length.
-    async fn get_range(&self, key: &str, range: Range<u64>, tries: u32) -> Result<(Bytes, u64), Failure> {
+    async fn get_range(
+        &self,
+        key: &str,
+        range: Range<u64>,
+        tries: u32,
+        buffers: &Buffers,
+    ) -> Result<(Bytes, u64), Failure> {
         let path = self.path(key)?;
         let deadline = self.deadline(range.end - range.start);
         let work = || async {
+            if let Some(folder) = &self.folder {
+                let (file, range, buffers) = (folder.join(key), range.clone(), buffers.clone());
+                let read = tokio::task::spawn_blocking(move || buffers.read(&file, range)).await;
+                return read.unwrap_or_else(|e| Err(e.into())).map_err(|e| of_file(key, e));
+            }
             // An empty object has no range to ask for.
             let wanted = (!range.is_empty()).then(|| range.clone());
             let result = self.store.get_opts(&path, GetOptions::new().with_range(wanted)).await?;
@@ -328,8 +341,9 @@ impl Backend {
             Err(failure) if failure.kind == FailureKind::Absent => return Ok(None),
             Err(failure) => return Err(failure.error),
         }
+        let buffers = Buffers::default();
         for (index, digest) in fingerprint.chunks.iter().enumerate() {
-            match self.get_chunk(key, fingerprint.bytes, CHUNK_BYTES, index, *digest).await {
+            match self.get_chunk(key, fingerprint.bytes, CHUNK_BYTES, index, *digest, &buffers).await {
                 Ok(_) => {}
                 Err(failure) if failure.kind == FailureKind::Absent => return Ok(None),
                 Err(failure) if failure.error.is_damage() => return Ok(Some(false)),
@@ -354,6 +368,17 @@ impl Backend {
             .collect()
             .await;
         results.into_iter().collect::<Result<(), Failure>>().map_err(CheckpointError::from)
+    }
+}
+
+fn of_file(key: &str, error: std::io::Error) -> object_store::Error {
+    use object_store::Error as E;
+    let kind = error.kind();
+    let source = Box::new(error);
+    match kind {
+        std::io::ErrorKind::NotFound => E::NotFound { path: key.to_owned(), source },
+        std::io::ErrorKind::PermissionDenied => E::PermissionDenied { path: key.to_owned(), source },
+        _ => E::Generic { store: "file", source },
     }
 }
 

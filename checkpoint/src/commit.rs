@@ -51,7 +51,8 @@ impl RunStore {
         let incomplete = |reason: String| CheckpointError::Incomplete { url: backend.url.clone(), step, reason };
         let mut manifest = assemble(commit).map_err(incomplete)?;
         manifest.check().map_err(incomplete)?;
-        runtime::wait(async move {
+        let (limit, key) = (backend.options.upload_timeout, manifest.key());
+        let work = async move {
             manifest.resumed_from = self.own_attempt(attempt).await?.resumed_from;
             check_fence(backend, attempt, step).await?;
             let shards = &manifest.shards;
@@ -82,6 +83,12 @@ impl RunStore {
                 attempt,
                 key: manifest.key(),
                 reason: "the step is committed with other content".to_owned(),
+            })
+        };
+        runtime::wait(async move {
+            tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+                let (url, seconds) = (backend.url.clone(), limit.as_secs());
+                Err(CheckpointError::Timeout { url, operation: "commit", key, seconds })
             })
         })
     }

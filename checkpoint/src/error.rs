@@ -45,6 +45,24 @@ pub enum CheckpointError {
         /// The deadline that passed.
         seconds: u64,
     },
+    /// A rank's shard was not written in the time that the run allows for it.
+    #[error(
+        "{url}: the shard of rank {rank} at step {step} was not up within {seconds} s: {written_bytes} of {bytes} bytes were; the store is too slow, or allow more time (checkpoint.upload_timeout_s)"
+    )]
+    SlowUpload {
+        /// Redacted URL of the run folder.
+        url: String,
+        /// The step of the checkpoint.
+        step: u64,
+        /// The rank whose shard it is.
+        rank: usize,
+        /// The time allowed.
+        seconds: u64,
+        /// Bytes of data in the objects that were complete.
+        written_bytes: u64,
+        /// Bytes of data in all of them.
+        bytes: u64,
+    },
     /// An object that must exist does not.
     #[error("{url}: `{key}` is missing")]
     Missing {

@@ -21,7 +21,10 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::PutPayload;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// The tensor data of a shard start at a multiple of this, so that a mapped file is aligned for any vector unit.
 const ALIGN_BYTES: usize = 64;
@@ -108,20 +111,40 @@ impl RunStore {
     ///
     /// # Errors
     /// [`CheckpointError::BadShard`] names the tensor; [`CheckpointError::Fenced`] if an object exists with other bytes;
-    /// store errors.
+    /// [`CheckpointError::SlowUpload`] after [`crate::StoreOptions::upload_timeout`]; store errors.
     pub fn write_shard(&self, id: &ShardId, slices: &[Slice<'_>]) -> Result<ShardRecord, CheckpointError> {
         let bad = |reason: String| CheckpointError::BadShard { step: id.step, rank: id.rank, reason };
         if id.rank >= id.world_size {
             return Err(bad(format!("the world size is {}; expected ranks 0 to world size - 1", id.world_size)));
         }
         let parts = lay_out(slices, self.backend.options.part_bytes).map_err(bad)?;
+        let bytes: u64 = parts.iter().map(|part| part.data_bytes).sum();
+        let written = Arc::new(AtomicU64::new(0));
         let writes = parts.into_iter().enumerate().map(|(number, part)| {
             let key = keys::shard(id.step, id.attempt, id.rank, id.world_size, number);
-            let (backend, attempt) = (Arc::clone(&self.backend), id.attempt);
-            part.encode().map(|object| async move { write_part(&backend, attempt, key, object).await })
+            let (backend, attempt, written) = (Arc::clone(&self.backend), id.attempt, Arc::clone(&written));
+            let data_bytes = part.data_bytes;
+            part.encode().map(|object| async move {
+                let record = write_part(&backend, attempt, key, object).await;
+                written.fetch_add(data_bytes, Ordering::Relaxed);
+                record
+            })
         });
         let writes = writes.collect::<Result<Vec<_>, String>>().map_err(bad)?;
-        let parts = runtime::wait(futures::stream::iter(writes).buffered(PARTS_IN_FLIGHT).try_collect())?;
+        let limit = self.backend.options.upload_timeout;
+        let parts = runtime::wait(async {
+            let parts = futures::stream::iter(writes).buffered(PARTS_IN_FLIGHT).try_collect();
+            tokio::time::timeout(limit, parts).await.unwrap_or_else(|_| {
+                Err(CheckpointError::SlowUpload {
+                    url: self.backend.url.clone(),
+                    step: id.step,
+                    rank: id.rank,
+                    seconds: limit.as_secs(),
+                    written_bytes: written.load(Ordering::Relaxed),
+                    bytes,
+                })
+            })
+        })?;
         Ok(ShardRecord { attempt: id.attempt, step: id.step, rank: id.rank, world_size: id.world_size, parts })
     }
 }

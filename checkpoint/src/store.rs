@@ -23,6 +23,8 @@ pub struct StoreOptions {
     pub min_bytes_per_s: u64,
     /// Most bytes of data in one object of a shard. Default 256 MiB.
     pub part_bytes: u64,
+    /// Longest time for a rank's whole shard, and for a commit. Default 1 hour.
+    pub upload_timeout: Duration,
     /// Pause before an operation that failed is tried again; it grows fourfold from try to try. Default 50 ms.
     pub retry_pause: Duration,
 }
@@ -33,6 +35,7 @@ impl Default for StoreOptions {
             op_timeout: Duration::from_secs(30),
             min_bytes_per_s: 4 << 20,
             part_bytes: 256 << 20,
+            upload_timeout: Duration::from_secs(3600),
             retry_pause: Duration::from_millis(50),
         }
     }

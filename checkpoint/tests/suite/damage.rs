@@ -8,9 +8,15 @@ fn objects(manifest: &Manifest) -> Vec<String> {
     manifest.shards.iter().map(|shard| shard.key.clone()).chain([manifest.key()]).collect()
 }
 
-/// Runs `damage` on each object of the newest of two checkpoints in turn and restores it afterwards.
+/// Runs `damage` on each object of the newest of two checkpoints in turn and restores it afterwards; with shards of one
+/// object and of many.
 fn each_object_in_turn(damage: impl Fn(&std::path::Path, &[u8])) {
-    let run = file_run();
+    for part_bytes in [256 << 20, 60] {
+        each_object_of(&file_run_of(part_bytes), &damage);
+    }
+}
+
+fn each_object_of(run: &FileRun, damage: impl Fn(&std::path::Path, &[u8])) {
     let attempt = claim(&run.store, None);
     save(&run.store, attempt, 10);
     for key in objects(&save(&run.store, attempt, 20)) {
@@ -29,6 +35,14 @@ fn each_object_in_turn(damage: impl Fn(&std::path::Path, &[u8])) {
             ),
         }
         assert_holds(&run.store.read(&manifest), &small(), 10);
+        // A rank's load notices by itself: it reads nothing that was not verified.
+        let committed = run.store.committed().unwrap();
+        if let (20, Ok(manifest)) = (committed[0].step, run.store.manifest(&committed[0])) {
+            let reader = run.store.read(&manifest);
+            let named = |error: checkpoint::CheckpointError| error.is_damage() && error.to_string().contains(&key);
+            let read = small().iter().find_map(|(name, _)| reader.read_all_f32(name).err());
+            assert!(read.or_else(|| reader.verify_others(|_| true, (0, 1)).err()).is_some_and(named), "{key}");
+        }
         fs::write(&path, original).unwrap();
         assert_eq!(newest(&run.store), (Some(20), vec![]));
     }

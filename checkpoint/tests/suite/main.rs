@@ -9,6 +9,7 @@ mod garbage;
 mod hostile;
 mod misbehaving;
 mod protocol;
+mod reads;
 mod real_server;
 mod retention;
 mod world;

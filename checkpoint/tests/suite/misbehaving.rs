@@ -194,6 +194,23 @@ fn a_store_that_never_answers_fails_in_time_and_by_name() {
 }
 
 #[test]
+fn an_upload_that_takes_too_long_names_rank_step_and_how_far_it_came() {
+    // Parts of 64 bytes, the third of which never lands.
+    let store =
+        Misbehaving { on: "part-0002".to_owned(), faults: Mutex::new([Fault::Hang; 9].into()), ..Default::default() };
+    let options = StoreOptions { part_bytes: 64, upload_timeout: Duration::from_secs(1), ..StoreOptions::default() };
+    let store = RunStore::over(Arc::new(store), "run", "test://bucket/run", options).unwrap();
+    let attempt = claim(&store, None);
+    let id = checkpoint::ShardId { attempt, step: 7, rank: 1, world_size: 2 };
+    let error = write_rank(&store, &id, &small()).unwrap_err();
+    let CheckpointError::SlowUpload { rank: 1, step: 7, seconds: 1, written_bytes, bytes, .. } = error else {
+        panic!("{error}");
+    };
+    assert!(written_bytes >= 128 && written_bytes < bytes && bytes > 192, "{error}");
+    assert!(error.to_string().contains("checkpoint.upload_timeout_s"), "{error}");
+}
+
+#[test]
 fn a_store_that_cannot_be_read_is_not_a_damaged_checkpoint() {
     let mut store = Misbehaving::default();
     let inner = Arc::new(std::mem::take(&mut store.inner));

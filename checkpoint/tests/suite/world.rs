@@ -2,6 +2,7 @@
 
 use checkpoint::{
     AttemptInfo, CheckpointError, CheckpointReader, Commit, F32Bytes, Manifest, RunStore, ShardId, ShardRecord, Slice,
+    StoreOptions,
 };
 use serde_json::json;
 use std::{
@@ -46,9 +47,15 @@ pub struct FileRun {
 }
 
 pub fn file_run() -> FileRun {
+    file_run_of(StoreOptions::default().part_bytes)
+}
+
+/// The same with shards cut into objects of so many bytes of data.
+pub fn file_run_of(part_bytes: u64) -> FileRun {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("runs/a run");
-    let store = RunStore::open(path.to_str().unwrap()).unwrap();
+    let options = StoreOptions { part_bytes, ..StoreOptions::default() };
+    let store = RunStore::open_with(path.to_str().unwrap(), options).unwrap();
     FileRun { _folder: folder, path, store }
 }
 
