@@ -77,12 +77,9 @@ impl Journal {
         self.files.write(name, png)
     }
 
-    /// Brings a remote run folder up to date. The log is no part of the run's state: what cannot be uploaded now is
-    /// uploaded next time, with a warning.
-    pub fn sync(&mut self) {
-        if let Err(error) = self.files.sync() {
-            eprintln!("trainer: warning: the log was not uploaded: {error}");
-        }
+    /// Has a remote run folder brought up to date beside the training.
+    pub fn sync(&self) {
+        self.files.sync();
     }
 }
 

@@ -4,6 +4,7 @@ mod device_rate;
 mod journal;
 mod run_files;
 mod tensorboard;
+mod uploads;
 
 pub use device_rate::measured_gemm_rate;
 pub use journal::{Journal, LogSink};

@@ -1,32 +1,19 @@
+use super::uploads::Uploads;
 use configs::location::{local_path, redact};
-use object_store::path::Path as ObjectPath;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
-
-/// Longest time for one upload of a log or image.
-const UPLOAD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Files of the run folder that grow or are looked at while the run goes on (logs, images), as opposed to checkpoints.
 ///
 /// In a local run folder they are written in place. Object stores cannot append, so for those the files grow in a
-/// temporary folder and [`RunFiles::sync`] uploads what has changed.
+/// temporary folder, and a thread uploads what has changed after [`RunFiles::sync`].
 pub struct RunFiles {
     folder: PathBuf,
-    remote: Option<Remote>,
-}
-
-struct Remote {
-    _spool: tempfile::TempDir,
-    store: Arc<dyn ObjectStore>,
-    prefix: ObjectPath,
-    runtime: tokio::runtime::Runtime,
+    /// Before the folder that it uploads goes away, it has its end.
+    uploads: Option<Uploads>,
     url: String,
-    /// Name and length at the last upload.
-    uploaded: Vec<(String, u64)>,
+    _spool: Option<tempfile::TempDir>,
 }
 
 /// A file of the run folder cannot be written or read.
@@ -37,7 +24,7 @@ pub struct RunFilesError {
     reason: String,
 }
 
-fn failed(place: impl AsRef<Path>, reason: impl ToString) -> RunFilesError {
+pub(super) fn failed(place: impl AsRef<Path>, reason: impl ToString) -> RunFilesError {
     RunFilesError { place: place.as_ref().display().to_string(), reason: reason.to_string() }
 }
 
@@ -53,33 +40,15 @@ impl RunFiles {
     /// # Errors
     /// [`RunFilesError`].
     pub fn open(url: &str, continued: &[&str]) -> Result<Self, RunFilesError> {
+        let shown = redact(url);
         if let Some(folder) = local_path(url) {
             fs::create_dir_all(&folder).map_err(|error| failed(&folder, error))?;
-            return Ok(Self { folder, remote: None });
+            return Ok(Self { folder, uploads: None, url: shown, _spool: None });
         }
-        let shown = redact(url);
-        let refused = |error: &dyn std::fmt::Display| failed(&shown, error);
-        let parsed = url::Url::parse(url).map_err(|error| refused(&error))?;
-        let (store, prefix) = stores::open(&parsed, stores::Bounds::default()).map_err(|error| refused(&error))?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-        let runtime = runtime.map_err(|error| refused(&error))?;
-        let spool = tempfile::tempdir().map_err(|error| refused(&error))?;
+        let spool = tempfile::tempdir().map_err(|error| failed(&shown, error))?;
         let folder = spool.path().to_owned();
-        let remote = Remote { _spool: spool, store, prefix, runtime, url: shown, uploaded: Vec::new() };
-        for name in continued {
-            let earlier = remote.runtime.block_on(async {
-                match remote.store.get(&remote.path(name)).await {
-                    Ok(found) => found.bytes().await.map(Some),
-                    Err(object_store::Error::NotFound { .. }) => Ok(None),
-                    Err(error) => Err(error),
-                }
-            });
-            let path = folder.join(name);
-            if let Some(bytes) = earlier.map_err(|error| failed(&remote.url, error))? {
-                fs::write(&path, bytes).map_err(|error| failed(&path, error))?;
-            }
-        }
-        Ok(Self { folder, remote: Some(remote) })
+        let uploads = Uploads::start(url, &folder, continued)?;
+        Ok(Self { folder, uploads: Some(uploads), url: shown, _spool: Some(spool) })
     }
 
     /// Opens `name` (with `/` between folders) for appending.
@@ -116,37 +85,17 @@ impl RunFiles {
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<String, RunFilesError> {
         let path = self.local(name)?;
         fs::write(&path, bytes).map_err(|error| failed(&path, error))?;
-        Ok(match &self.remote {
-            Some(remote) => format!("{}/{name}", remote.url.trim_end_matches('/')),
+        Ok(match &self.uploads {
+            Some(_) => format!("{}/{name}", self.url.trim_end_matches('/')),
             None => path.display().to_string(),
         })
     }
 
-    /// Uploads what has grown since the last time; nothing to do in a local run folder.
-    ///
-    /// # Errors
-    /// [`RunFilesError`].
-    pub fn sync(&mut self) -> Result<(), RunFilesError> {
-        let Some(remote) = &mut self.remote else { return Ok(()) };
-        let mut files = Vec::new();
-        list(&self.folder, "", &mut files).map_err(|error| failed(&self.folder, error))?;
-        for (name, length) in files {
-            let known = remote.uploaded.iter().position(|(uploaded, _)| *uploaded == name);
-            if known.is_some_and(|i| remote.uploaded[i].1 == length) {
-                continue;
-            }
-            let bytes = fs::read(self.folder.join(&name)).map_err(|error| failed(&self.folder, error))?;
-            let path = remote.path(&name);
-            let put = remote.store.put(&path, PutPayload::from(bytes));
-            let put = async { tokio::time::timeout(UPLOAD_TIMEOUT, put).await };
-            let put = remote.runtime.block_on(put).map_err(|_| failed(&remote.url, "an upload took too long"))?;
-            put.map_err(|error| failed(&remote.url, error))?;
-            match known {
-                Some(i) => remote.uploaded[i].1 = length,
-                None => remote.uploaded.push((name, length)),
-            }
+    /// Lets what has grown be uploaded, beside whatever comes next; nothing to do in a local run folder.
+    pub fn sync(&self) {
+        if let Some(uploads) = &self.uploads {
+            uploads.ask();
         }
-        Ok(())
     }
 
     fn local(&self, name: &str) -> Result<PathBuf, RunFilesError> {
@@ -156,23 +105,4 @@ impl RunFiles {
         }
         Ok(path)
     }
-}
-
-impl Remote {
-    fn path(&self, name: &str) -> ObjectPath {
-        name.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
-    }
-}
-
-fn list(folder: &Path, prefix: &str, files: &mut Vec<(String, u64)>) -> std::io::Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
-        if entry.file_type()?.is_dir() {
-            list(&entry.path(), &format!("{name}/"), files)?;
-        } else {
-            files.push((name, entry.metadata()?.len()));
-        }
-    }
-    Ok(())
 }
