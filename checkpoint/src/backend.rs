@@ -233,11 +233,12 @@ impl Backend {
         if size_bytes != object_bytes {
             return Err(wrong(format!("it has {size_bytes} bytes, but it was written with {object_bytes}")));
         }
+        let mut found = Sha256Digest::of(&bytes);
         // Bytes can be spoilt on their way too: the object is called damaged only if they are wrong twice.
-        if Sha256Digest::of(&bytes) != expected {
+        if found != expected {
             bytes = self.get_range(key, range.clone(), TRIES, buffers).await?.0;
+            found = Sha256Digest::of(&bytes);
         }
-        let found = Sha256Digest::of(&bytes);
         if found != expected {
             return Err(wrong(format!(
                 "its bytes {} to {} have SHA-256 {found}, but they were written with {expected}",
