@@ -20,6 +20,9 @@ impl Display for Event {
             }
             Event::Step { step, steps, .. } => write!(f, "step {step}/{steps}  {}", self.rates()),
             Event::Checkpoint { step, url, .. } => write!(f, "checkpoint: step {step} committed, {url}"),
+            Event::CheckpointSkipped { step, under_way, .. } => {
+                write!(f, "checkpoint: step {step} skipped, that of step {under_way} is still on its way")
+            }
             Event::Sample { step, path, .. } => write!(f, "samples: step {step}, {path}"),
             Event::Validation { step, weights, loss, bins, .. } => {
                 write!(f, "validation: step {step}, {weights}  loss {loss:.4}  by time")?;

@@ -86,6 +86,15 @@ pub enum Event {
         /// When.
         time: f64,
     },
+    /// A checkpoint was due but left out (`checkpoint.when_busy`).
+    CheckpointSkipped {
+        /// Its step.
+        step: u64,
+        /// Step of the one that was still on its way.
+        under_way: u64,
+        /// When.
+        time: f64,
+    },
     /// A sample grid was written.
     Sample {
         /// Step of the weights.

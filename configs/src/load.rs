@@ -112,7 +112,15 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
         init: finetune::read_init(r, base),
         lora: finetune::read_lora(r),
         checkpoint: CheckpointConfig {
-            every_steps: r.integer("checkpoint.every_steps", 1..=ANY, 1000),
+            every_steps: r.integer("checkpoint.every_steps", 0..=ANY, 1000),
+            every_minutes: r.float("checkpoint.every_minutes", 0.0..=1e6, 0.0),
+            when_busy: r.choice(
+                "checkpoint.when_busy",
+                &[("wait", WhenBusy::Wait), ("skip", WhenBusy::Skip)],
+                WhenBusy::Wait,
+            ),
+            upload_timeout_s: r.integer("checkpoint.upload_timeout_s", 1..=604_800, 3600),
+            grace_s: r.integer("checkpoint.grace_s", 0..=604_800, 0),
             keep_last: r.integer("checkpoint.keep_last", 2..=COUNT, 3) as usize,
             keep_every: r.integer("checkpoint.keep_every", 0..=ANY, 0),
             keep_best: r.integer("checkpoint.keep_best", 0..=COUNT, 0) as usize,

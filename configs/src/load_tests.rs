@@ -142,6 +142,9 @@ fn wrong_types_and_ranges_are_refused() {
         ("model.class_dropout_prob=1.5", "out of range"),
         ("model.learn_sigma=yes", "is a string, not true or false"),
         ("checkpoint.keep_last=1", "out of range"),
+        ("checkpoint.every_minutes=-1", "out of range"),
+        ("checkpoint.upload_timeout_s=0", "out of range"),
+        ("checkpoint.when_busy=fail", "not one of the choices"),
         ("sample.sampler=plms", "not one of the choices"),
         ("sample.cfg_interval=[0, 1.5]", "out of range"),
         ("sample.cfg_channels=three", "not one of the choices"),
@@ -320,12 +323,18 @@ fn validation_and_best_checkpoints_must_fit_together() {
         (&["checkpoint.keep_best=1", "validation.url=/v", "validation.weights=[\"model\"]"], "checkpoint.keep_best"),
         (&["checkpoint.best_metric=fid/ema", "validation.url=/v"], "checkpoint.best_metric"),
         (&["checkpoint.keep_every=1500"], "checkpoint.keep_every"),
+        (&["checkpoint.every_steps=0"], "checkpoint.every_steps"),
+        (
+            &["checkpoint.every_steps=0", "checkpoint.every_minutes=5", "checkpoint.keep_every=5"],
+            "checkpoint.keep_every",
+        ),
     ] {
         assert_eq!(mistake(given).key, key, "{given:?}");
     }
     let refused = mistake(&["checkpoint.best_metric=fid/ema", "validation.url=/v"]);
     assert!(refused.advice.contains("\"val_loss/ema\" or \"val_loss/model\""), "{refused}");
     assert!(load(SMALL, &["validation.every_steps=0"]).is_ok());
+    assert!(load(SMALL, &["checkpoint.every_steps=0", "checkpoint.every_minutes=30"]).is_ok());
     let fitting = ["checkpoint.keep_best=1", "checkpoint.best_metric=val_loss/model", "checkpoint.keep_every=5000"];
     assert!(load(SMALL, &[&fitting[..], &["validation.url=/v", "validation.every_steps=500"]].concat()).is_ok());
     assert!(load(SMALL, &["validation.url=/v", "validation.rows=5", "validation.draws=2"]).is_ok());

@@ -503,11 +503,29 @@ pub enum OnDamaged {
     Fail,
 }
 
+/// `checkpoint.when_busy`: what happens to a checkpoint that comes due before the one before it is committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenBusy {
+    /// The step loop waits for the earlier one.
+    Wait,
+    /// It is left out, unless it is the last one, or was asked for.
+    Skip,
+}
+
 /// `[checkpoint]`
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CheckpointConfig {
-    /// Steps between checkpoints, at least 1; one more is written at the end and on a stop request.
+    /// Steps between checkpoints; 0 = by time only. One more is written at the end and on a stop request.
     pub every_steps: u64,
+    /// Minutes from the beginning of one checkpoint to the next; 0 = by steps only.
+    pub every_minutes: f64,
+    /// What happens to one that comes due too early.
+    pub when_busy: WhenBusy,
+    /// Seconds that a rank's upload may take, 1 to 604800.
+    pub upload_timeout_s: u64,
+    /// Seconds from a stop request to the committed checkpoint after which the run gives up; 0 = as long as it takes.
+    pub grace_s: u64,
     /// Newest checkpoints that are kept, at least 2.
     pub keep_last: usize,
     /// Checkpoints of steps that are a multiple of this are kept for ever; 0 = none. A multiple of `every_steps`.

@@ -51,6 +51,13 @@ pub(super) fn check(r: &mut Reader, c: &RunConfig) {
         check_sections(r, c, "validation.weights", &validation.weights);
     }
     check_best(r, c);
+    if r.sound(&["checkpoint.every_steps", "checkpoint.every_minutes"])
+        && c.checkpoint.every_steps == 0
+        && c.checkpoint.every_minutes == 0.0
+    {
+        let problem = "is 0, and so is checkpoint.every_minutes: a run that is killed would start from nothing";
+        r.refuse("checkpoint.every_steps", problem, "set one of them");
+    }
     let (keep_every, every_steps) = (c.checkpoint.keep_every, c.checkpoint.every_steps);
     if r.sound(&["checkpoint.keep_every", "checkpoint.every_steps"]) && !keep_every.is_multiple_of(every_steps) {
         r.refuse(
@@ -58,7 +65,10 @@ pub(super) fn check(r: &mut Reader, c: &RunConfig) {
             format!(
                 "is not a multiple of checkpoint.every_steps = {every_steps}, so that those steps have no checkpoint"
             ),
-            format!("use {}", keep_every.next_multiple_of(every_steps)),
+            match every_steps {
+                0 => "set checkpoint.every_steps".to_owned(),
+                _ => format!("use {}", keep_every.next_multiple_of(every_steps)),
+            },
         );
     }
 }

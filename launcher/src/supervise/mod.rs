@@ -205,6 +205,7 @@ impl Watch {
             Event::Checkpoint { step, .. } | Event::Stop { step, .. } => self.saved_step = Some(*step),
             Event::Done { step, .. } => self.is_done = *step >= self.steps,
             Event::Init { .. }
+            | Event::CheckpointSkipped { .. }
             | Event::Step { .. }
             | Event::Sample { .. }
             | Event::Validation { .. }

@@ -45,3 +45,51 @@ fn they_are_listed_verified_and_removed() {
     run_ok(&mut experiment.launcher(1, "run", &[]));
     assert_eq!(experiment.digest("run")[3], "step 10");
 }
+
+#[test]
+fn a_damaged_checkpoint_is_named_passed_over_and_made_again_with_the_same_bits() {
+    let experiment = Experiment::new();
+    experiment.train(2, "whole", &[]);
+    let newest: Vec<_> = experiment
+        .committed("whole")
+        .into_iter()
+        .filter(|(path, _)| path.to_str().unwrap().contains("step-000000010"))
+        .map(|(path, bytes)| (path.strip_prefix(experiment.path("whole")).unwrap().to_owned(), bytes))
+        .collect();
+    let [first_shard, second_shard, manifest] = &newest[..] else { panic!("{newest:?}") };
+    let flip = |bytes: &[u8]| {
+        let mut bytes = bytes.to_vec();
+        let at = bytes.len() * 2 / 3;
+        bytes[at] ^= 8;
+        Some(bytes)
+    };
+    let cases = [
+        (1, first_shard, flip(&first_shard.1)),
+        (2, second_shard, Some(second_shard.1[..second_shard.1.len() - 1].to_vec())),
+        (2, first_shard, None),
+        (1, manifest, flip(&manifest.1)),
+    ];
+    for (number, (ranks, (object, _), damaged)) in cases.into_iter().enumerate() {
+        let run_name = format!("damaged-{number}");
+        run_ok(Command::new("cp").arg("-r").arg(experiment.path("whole")).arg(experiment.path(&run_name)));
+        let path = experiment.path(&run_name).join(object);
+        match damaged {
+            Some(bytes) => fs::write(&path, bytes).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let key = object.to_str().unwrap();
+        if number == 0 {
+            let strict = run(&mut experiment.launcher(2, &run_name, &["checkpoint.on_damaged=fail"]));
+            assert!(strict.code == Some(1) && strict.text().contains(key), "{}", strict.text());
+            assert_eq!(strict.text().matches("trainer: error").count(), 1, "{}", strict.text());
+        }
+        let ran = run_ok(&mut experiment.launcher(ranks, &run_name, &[]));
+        let warnings: Vec<&str> = ran.stderr.lines().filter(|line| line.contains("passed over")).collect();
+        assert!(warnings.len() == 1 && warnings[0].contains("step 10") && warnings[0].contains(key), "{}", ran.text());
+        assert_eq!(
+            experiment.log(&run_name).iter().rfind(|event| event["event"] == "start").unwrap()["resumed_from"],
+            9
+        );
+        assert_eq!(experiment.digest(&run_name), experiment.digest("whole"), "{key}");
+    }
+}

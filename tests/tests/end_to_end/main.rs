@@ -15,3 +15,4 @@ mod sampling;
 mod stopping;
 mod telemetry;
 mod validation;
+mod when;

@@ -6,7 +6,7 @@ use std::process::Command;
 /// A run that takes long enough to be interrupted in the middle: the tiny experiment with many more steps.
 const LONG: [&str; 3] = ["train.steps=400", "checkpoint.every_steps=20", "log.every_steps=5"];
 
-fn long_reference(experiment: &Experiment) -> Vec<String> {
+pub fn long_reference(experiment: &Experiment) -> Vec<String> {
     let ran = run(&mut experiment.launcher(1, "reference", &LONG));
     assert_eq!(ran.code, Some(0), "{}", ran.text());
     experiment.digest("reference")
@@ -18,7 +18,7 @@ pub fn ranks_of(run: &str) -> Vec<i32> {
     String::from_utf8_lossy(&found.stdout).lines().filter_map(|line| line.parse().ok()).collect()
 }
 
-fn has_checkpoint(experiment: &Experiment, run: &str) -> bool {
+pub fn has_checkpoint(experiment: &Experiment, run: &str) -> bool {
     experiment.log(run).iter().any(|event| event["event"] == "checkpoint")
 }
 

@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 use checkpoint::{Activity, Committed, Manifest, RunStore};
 use clap::Subcommand;
 use serde_json::json;
+use std::time::{Duration, Instant};
 
 /// Options of `trainer checkpoints`.
 #[derive(clap::Args)]
@@ -26,6 +27,13 @@ enum Action {
     Verify {
         /// Steps; all when none is given.
         steps: Vec<u64>,
+    },
+    /// Asks the process that trains this run for a checkpoint now. It looks for requests every second (in a remote run folder
+    /// every ten), saves after its step, goes on, and removes the request when the checkpoint is committed.
+    Request {
+        /// Waits for that at most so many seconds.
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "600")]
+        wait: Option<u64>,
     },
     /// Deletes what no checkpoint needs: shards that were never committed, commits of branches that a later start left.
     Gc {
@@ -58,6 +66,7 @@ pub fn checkpoints(args: &CheckpointsArgs) -> Result<()> {
     match &args.action {
         Action::List { json } => list(&store, *json),
         Action::Verify { steps } => verify(&store, steps),
+        Action::Request { wait } => request(&store, *wait),
         Action::Gc { dry_run, stopped } => {
             let activity = if *stopped { Activity::Stopped } else { Activity::Running };
             let garbage = if *dry_run { store.garbage(activity)? } else { store.collect_garbage(activity)? };
@@ -69,6 +78,27 @@ pub fn checkpoints(args: &CheckpointsArgs) -> Result<()> {
         }
         Action::Rm { steps, force } => remove(&store, steps, *force),
     }
+}
+
+fn request(store: &RunStore, wait_s: Option<u64>) -> Result<()> {
+    let key = store.request()?;
+    println!("asked: {}/{key}", store.url().trim_end_matches('/'));
+    let Some(wait_s) = wait_s else { return Ok(()) };
+    let give_up = Instant::now() + Duration::from_secs(wait_s);
+    while store.requests()?.contains(&key) {
+        if Instant::now() > give_up {
+            let url = store.url();
+            bail!(
+                "{url}: no checkpoint was committed within {wait_s} s; does a process train this run? The request stays"
+            );
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    match store.committed()?.first() {
+        Some(newest) => println!("committed: step {}", newest.step),
+        None => bail!("{}: the request is gone, but there is no checkpoint", store.url()),
+    }
+    Ok(())
 }
 
 fn list(store: &RunStore, as_json: bool) -> Result<()> {

@@ -4,6 +4,10 @@ use anyhow::{Context, Result};
 use collective::Collective;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::time::Duration;
+
+/// How long a rank waits for itself before it tells the others that it is alive: from the first to the longest.
+const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_secs(1)];
 
 /// A failure that all ranks have learnt of together; it begins with the rank whose it is.
 #[derive(Debug, thiserror::Error)]
@@ -48,4 +52,38 @@ where
     let message = decision.as_ref().map(serde_json::to_vec).transpose()?.unwrap_or_default();
     let all = collective.gather_bytes(&message)?;
     serde_json::from_slice(&all[0]).context("rank 0's decision about the start")
+}
+
+/// Waits until every rank is ready, however long that takes: they tell each other again and again that they are alive, so
+/// that only a rank that is gone or hangs is waited for in vain. `wait` waits for this rank, at most so long, and says
+/// whether it is ready. All ranks call it together.
+///
+/// # Errors
+/// What the collective reports.
+pub fn wait_together(collective: &dyn Collective, mut wait: impl FnMut(Duration) -> bool) -> Result<()> {
+    let [mut pause, longest] = PAUSES;
+    loop {
+        let ready = collective.gather_values(vec![u8::from(wait(pause))]).context("waiting for the other ranks")?;
+        if ready.iter().all(|&ready| ready != 0) {
+            return Ok(());
+        }
+        pause = (2 * pause).min(longest);
+    }
+}
+
+/// Does `work`, however long it takes, while another thread waits with the other ranks as [`wait_together`] does. All ranks call
+/// it together; `work` starts nothing on the collective.
+///
+/// # Errors
+/// As [`agree`], and as [`wait_together`].
+pub fn work_together<T>(collective: &dyn Collective, work: impl FnOnce() -> T) -> Result<T> {
+    let (done, until_done) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let ready = move |pause| until_done.recv_timeout(pause) != Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+        let waiting = scope.spawn(move || wait_together(collective, ready));
+        let result = work();
+        drop(done);
+        let waited = waiting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        waited.map(|()| result)
+    })
 }

@@ -5,27 +5,29 @@ use super::between::BetweenSteps;
 use super::bucket::Buckets;
 use super::cache::open_options;
 use super::drawer::Drawer;
+use super::due::Timetable;
 use super::fid::Fid;
 use super::grid::SampleGrid;
 use super::optimizer::Optimizer;
-use super::saver::Saver;
-use super::snapshot::restore;
-use super::start::{Initialised, find_checkpoint, load_initial, record_origin};
+use super::requests::Requests;
+use super::saver::{SaveOptions, Saver};
+use super::start::{Initialised, load_initial, record_origin, resume};
 use super::stepper::{Experiment, Stepper};
-use super::stop::StopFlag;
+use super::stop::{Grace, StopFlag};
 use super::validation::Validation;
 use crate::ffi::{self, batch_memory};
 use crate::recipe::Recipe;
 use crate::telemetry::Journal;
 use crate::validation::metric;
 use anyhow::{Context, Result, bail};
-use checkpoint::{AttemptInfo, Retention, RunStore};
+use checkpoint::{AttemptInfo, Retention, RunStore, StoreOptions};
 use collective::Collective;
 use configs::RunConfig;
 use configs::lanes::LaneBlock;
 use data_loader::{LatentDataset, MicroBatchStream, ScheduleOptions, StreamOptions, StreamSource};
 use serde_json::Value;
 use std::sync::Arc;
+use std::time::Duration;
 use tch::Device;
 
 /// One rank, ready for its first step.
@@ -54,12 +56,16 @@ pub struct Rank {
     pub stepper: Stepper,
     /// Checkpoints.
     pub saver: Saver,
+    /// When they are due.
+    pub timetable: Timetable,
     /// What people see; rank 0 only.
     pub journal: Option<Journal>,
     /// What is done between steps, in this order.
     pub between: Vec<Box<dyn BetweenSteps>>,
     /// Stop requests.
     pub stop: StopFlag,
+    /// How long the checkpoint after one may take, if that is limited; rank 0 only.
+    pub grace: Option<Grace>,
 }
 
 /// What a rank finds out alone, before the first collective.
@@ -79,6 +85,7 @@ impl Rank {
     /// [`Agreed`] where all ranks know it, so that one of them can say it; others concern this rank alone.
     pub fn set_up(config: RunConfig, collective: Arc<dyn Collective>) -> Result<Self> {
         let stop = StopFlag::install().context("installing signal handlers")?;
+        let grace = limit_stop(&config, &stop, &collective)?;
         let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
         let Prepared { recipe, device, dataset, block, store } = prepared;
         let mut record = recipe.record(&config);
@@ -96,7 +103,11 @@ impl Rank {
         if let Some(fid) = Fid::from_config(&config, drawer.as_ref(), device, &*collective)? {
             between.push(Box::new(fid));
         }
-        let manifest = decided_by_rank_0(&*collective, || find_checkpoint(&config, &record, &store))?;
+        let lanes = config.train.lanes;
+        let averages = optimizer.averages.len();
+        let zeroed = || Buckets::zeroed(&*model, lanes, block, averages, device);
+        let resumed = resume(&config, &record, &store, &*collective, &optimizer.averages, zeroed)?;
+        let (manifest, buckets) = resumed.unzip();
         let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
         let (initial, initialised) = match &manifest {
             None => load_initial(&config, &recipe, &*model, &*collective)?,
@@ -108,18 +119,12 @@ impl Rank {
             store.claim_attempt(&info).context("claiming an attempt")
         })?;
 
-        let lanes = config.train.lanes;
-        let averages = optimizer.averages.len();
-        let buckets = match &manifest {
-            None => Ok(Buckets::initialise(&*model, lanes, block, averages, config.seed, &initial.tensors, device)),
-            Some(manifest) => {
-                optimizer.updates = manifest.optimizer_step;
-                let buckets = Buckets::zeroed(&*model, lanes, block, averages, device);
-                restore(&store, manifest, &buckets, &optimizer.averages).map(|()| buckets)
-            }
-        };
+        if let Some(manifest) = &manifest {
+            optimizer.updates = manifest.optimizer_step;
+        }
+        let fresh = || Buckets::initialise(&*model, lanes, block, averages, config.seed, &initial.tensors, device);
+        let buckets = buckets.unwrap_or_else(fresh);
         drop(initial);
-        let buckets = agree(&*collective, buckets)?;
         let experiment = Experiment { seed: config.seed, lanes, block, device };
         let objective = recipe.build_objective();
         let mut stepper = Stepper::new(model, objective, buckets, optimizer, collective.clone(), experiment);
@@ -130,11 +135,18 @@ impl Rank {
         let done = resumed_from.unwrap_or(0);
         let data = open_stream(&config, &recipe, dataset, &experiment, done);
         let (batches, steps_per_epoch) = agree(&*collective, data)?;
-        let saver = Saver::start(collective.clone(), store, attempt, retention(&config))?;
-        let journal = match collective.rank() {
-            0 => Journal::open(&config.run.url, attempt, done, config.log.tensorboard).map(Some),
-            _ => Ok(None),
+        let is_first = collective.rank() == 0;
+        let options = SaveOptions {
+            attempt,
+            retention: retention(&config),
+            upload_timeout: Duration::from_secs(config.checkpoint.upload_timeout_s),
+            stop: stop.clone(),
         };
+        let saver = agree(&*collective, Saver::start(collective.clone(), store.clone(), &stepper, options))?;
+        let requests = is_first.then(|| Requests::watch(store)).transpose();
+        let timetable = Timetable::new(&config.checkpoint, config.train.steps, agree(&*collective, requests)?);
+        let journal =
+            is_first.then(|| Journal::open(&config.run.url, attempt, done, config.log.tensorboard)).transpose();
         let journal = agree(&*collective, journal.map_err(Into::into))?;
         Ok(Self {
             config,
@@ -149,9 +161,11 @@ impl Rank {
             batches,
             stepper,
             saver,
+            timetable,
             journal,
             between,
             stop,
+            grace,
         })
     }
 }
@@ -164,7 +178,9 @@ impl Prepared {
         ffi::set_deterministic()?;
         let device = choose_device(config.train.device, collective)?;
         let (dataset, recipe) = open_data(config)?;
-        let store = RunStore::open(&config.run.url).context("`run.url`")?;
+        let upload_timeout = Duration::from_secs(config.checkpoint.upload_timeout_s);
+        let options = StoreOptions { upload_timeout, ..StoreOptions::default() };
+        let store = RunStore::open_with(&config.run.url, options).context("`run.url`")?;
         Ok(Self { recipe, device, dataset: Arc::new(dataset), block, store })
     }
 }
@@ -207,6 +223,23 @@ fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result
         (Ok(_), _) => bail!("`train.device` = \"cuda\", but the driver shows no GPU; use \"auto\" or \"cpu\""),
         (Err(error), _) => bail!("`train.device` = \"cuda\": {error}; use \"auto\" or \"cpu\""),
     }
+}
+
+/// Ends the run when a stop request is not answered by a committed checkpoint in time: the scheduler would, without a word.
+fn limit_stop(config: &RunConfig, stop: &StopFlag, collective: &Arc<dyn Collective>) -> Result<Option<Grace>> {
+    let grace_s = config.checkpoint.grace_s;
+    if grace_s == 0 || collective.rank() != 0 {
+        return Ok(None);
+    }
+    let collective = collective.clone();
+    let give_up = move || {
+        eprintln!(
+            "trainer: error: rank 0: asked to stop, but the checkpoint was not committed within checkpoint.grace_s = {grace_s} s; \
+             the run resumes from the last one that was"
+        );
+        collective.abort(configs::exit::FAILED)
+    };
+    stop.limit(Duration::from_secs(grace_s), give_up).map(Some)
 }
 
 fn retention(config: &RunConfig) -> Retention {

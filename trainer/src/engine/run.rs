@@ -1,19 +1,18 @@
 //! The training loop: resume, step, log, sample, checkpoint, stop.
 
+use super::due::Due;
 use super::rank::Rank;
-use super::saver::Saved;
+use super::saver::{Save, Saved};
 use super::start::Initialised;
 use super::stepper::StepReport;
 use crate::model::Model;
 use crate::telemetry::measured_gemm_rate;
 use anyhow::Result;
+use configs::WhenBusy;
 use configs::events::{Event, now};
 use configs::location::redact;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-
-/// Bit of a rank's step signal: it was asked to stop.
-const STOP: u32 = 1;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,26 +44,25 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         rank.tell(|_| Event::Init { from, changes, time: now() })?;
     }
     for step in rank.resumed_from.unwrap_or(0) + 1..=steps {
-        let signal = if rank.stop.is_raised() { STOP } else { 0 } | rank.saver.signal();
+        let signal = rank.timetable.signal(&rank.stop) | rank.saver.signal();
         let report = rank.stepper.step(step, &mut rank.batches, signal)?;
-        let stop = report.signals.iter().any(|signal| signal & STOP != 0);
+        let save = rank.timetable.due(step, &report.signals);
+        let stop = save == Some(Due::Stop);
         let due = |every: u64| every > 0 && (step % every == 0 || step == steps);
 
         meter.count(&report);
         if due(rank.config.log.every_steps) || stop {
             meter.report(rank, step, &report)?;
         }
-        let saved = rank.saver.advance(&report.signals, &rank.record)?;
+        let saved = rank.saver.advance(&report.signals)?;
         rank.announce(saved)?;
-        let metrics = rank.look(step, &due)?;
-        if due(rank.config.checkpoint.every_steps) || stop {
-            rank.stepper.wait_for_all_weights()?;
-            let saved = rank.saver.save(step, &rank.stepper, metrics, &rank.record)?;
-            rank.announce(saved)?;
+        // Who has asked for a stop waits for nothing but the checkpoint.
+        let metrics = if stop { BTreeMap::new() } else { rank.look(step, &due)? };
+        if let Some(why) = save {
+            rank.save(step, why, metrics)?;
         }
-        if stop && step < steps {
-            let saved = rank.saver.finish(&rank.record)?;
-            rank.announce(saved)?;
+        if stop {
+            rank.finish_saving()?;
             rank.tell(|_| Event::Stop { step, reason: "asked to stop".to_owned(), time: now() })?;
             // An engine ends all ranks as soon as one has exited with 75: nobody leaves before everything is said.
             rank.collective.barrier()?;
@@ -72,8 +70,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         }
     }
     rank.stepper.wait_for_all_weights()?;
-    let saved = rank.saver.finish(&rank.record)?;
-    rank.announce(saved)?;
+    rank.finish_saving()?;
     rank.tell(|_| Event::Done { step: steps, time: now() })?;
     rank.collective.barrier()?;
     Ok(Outcome::Done)
@@ -104,6 +101,30 @@ impl Rank {
         }
         self.between = between;
         Ok(metrics)
+    }
+
+    /// Begins a checkpoint, unless it may be skipped and the one before is still on its way.
+    fn save(&mut self, step: u64, why: Due, metrics: BTreeMap<String, f64>) -> Result<()> {
+        if why == Due::Stop {
+            self.stop.raise();
+        }
+        let busy = self.saver.under_way().filter(|_| self.config.checkpoint.when_busy == WhenBusy::Skip);
+        if let (Due::Regular, Some(under_way)) = (why, busy) {
+            self.timetable.restart(false);
+            return self.tell(|_| Event::CheckpointSkipped { step, under_way, time: now() });
+        }
+        self.stepper.wait_for_all_weights()?;
+        let requests = self.timetable.restart(true);
+        let save = Save { step, stepper: &self.stepper, metrics, record: &self.record, requests };
+        let saved = self.saver.save(save)?;
+        self.announce(saved)
+    }
+
+    /// Waits for the last checkpoint. A stop request has its answer then, whatever else takes time.
+    fn finish_saving(&mut self) -> Result<()> {
+        let saved = self.saver.finish()?;
+        self.grace = None;
+        self.announce(saved)
     }
 
     fn announce(&mut self, saved: Option<Saved>) -> Result<()> {

@@ -1,26 +1,43 @@
 //! Checkpoints while the run goes on: the step loop pays for a copy, a thread of each rank uploads, and when all ranks
 //! have uploaded, rank 0 commits.
 
+use super::agree::wait_together;
 use super::snapshot::Snapshot;
 use super::stepper::Stepper;
+use super::stop::StopFlag;
 use anyhow::{Context, Result, anyhow};
 use checkpoint::{Commit, Manifest, Retention, RunStore, ShardId, ShardRecord};
 use collective::Collective;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Bit of a rank's step signal: its shard of the checkpoint under way is uploaded (or has failed to).
 pub const UPLOADED: u32 = 2;
-/// Bit of a rank's step signal: a commit failed on rank 0.
-pub const COMMIT_FAILED: u32 = 4;
+/// Bit of rank 0's step signal: it has committed the checkpoint, or has failed to.
+pub const COMMIT_ENDED: u32 = 4;
+
+/// How a run saves.
+pub struct SaveOptions {
+    /// Number of this start of the run.
+    pub attempt: u32,
+    /// What is kept.
+    pub retention: Retention,
+    /// Longest time for a rank's upload, and for the store to let go of its memory.
+    pub upload_timeout: Duration,
+    /// When a stop is asked for, nobody waits for old checkpoints to be removed.
+    pub stop: StopFlag,
+}
 
 /// Saves checkpoints of one run. All ranks make the same calls after the same steps.
 pub struct Saver {
     collective: Arc<dyn Collective>,
     attempt: u32,
+    upload_timeout: Duration,
+    snapshot: Snapshot,
     /// Step of the newest checkpoint that was begun.
     step: u64,
     jobs: Option<Sender<Job>>,
@@ -28,26 +45,23 @@ pub struct Saver {
     state: State,
 }
 
+/// The same on all ranks, whatever their threads have come to.
 enum State {
     Idle,
     Uploading {
-        step: u64,
-        optimizer_step: u64,
-        metrics: BTreeMap<String, f64>,
-        result: Receiver<Result<ShardRecord>>,
-        done: Option<Result<ShardRecord>>,
+        to_commit: Commit,
+        requests: Vec<String>,
+        shard: Awaited<ShardRecord>,
     },
-    /// Rank 0 waits for its commit; for the other ranks the checkpoint is over.
+    /// Rank 0 awaits its commit, the others what it says of it.
     Committing {
-        step: u64,
-        result: Receiver<Result<Manifest>>,
-        done: Option<Result<Manifest>>,
+        manifest: Option<Awaited<Manifest>>,
     },
 }
 
 enum Job {
     Upload { id: ShardId, snapshot: Snapshot, result: Sender<Result<ShardRecord>> },
-    Commit { commit: Commit, result: Sender<Result<Manifest>> },
+    Commit { commit: Commit, requests: Vec<String>, result: Sender<Result<Manifest>> },
 }
 
 /// A checkpoint that failed on some rank; all ranks have agreed on it.
@@ -67,30 +81,54 @@ pub struct Saved {
     pub key: String,
 }
 
+/// What to save.
+pub struct Save<'a> {
+    /// Steps made.
+    pub step: u64,
+    /// The weights and what goes with them.
+    pub stepper: &'a Stepper,
+    /// What was measured of the weights.
+    pub metrics: BTreeMap<String, f64>,
+    /// Config and recipe, for the manifest.
+    pub record: &'a Value,
+    /// Requests that the commit answers; of rank 0.
+    pub requests: Vec<String>,
+}
+
 impl Saver {
-    /// A saver of `attempt` that keeps the checkpoints of `retention`.
+    /// A saver of the shards of `stepper`, for which it makes room.
     ///
     /// # Errors
-    /// When no thread can be started.
-    pub fn start(collective: Arc<dyn Collective>, store: RunStore, attempt: u32, retention: Retention) -> Result<Self> {
+    /// When there is not enough memory or no thread can be started.
+    pub fn start(
+        collective: Arc<dyn Collective>,
+        store: RunStore,
+        stepper: &Stepper,
+        options: SaveOptions,
+    ) -> Result<Self> {
+        let SaveOptions { attempt, retention, upload_timeout, stop } = options;
+        let snapshot = Snapshot::allocate(&stepper.buckets, &stepper.optimizer.averages)?;
         let (jobs, queue) = channel();
         let thread = std::thread::Builder::new().name("checkpoint".to_owned());
-        let thread = thread.spawn(move || work(&store, &retention, queue)).context("no thread for checkpoints")?;
-        Ok(Self { collective, attempt, step: 0, jobs: Some(jobs), thread: Some(thread), state: State::Idle })
+        let thread =
+            thread.spawn(move || work(&store, &retention, &stop, queue)).context("no thread for checkpoints")?;
+        let (jobs, thread) = (Some(jobs), Some(thread));
+        Ok(Self { collective, attempt, upload_timeout, snapshot, step: 0, jobs, thread, state: State::Idle })
+    }
+
+    /// Step of the checkpoint that is on its way; the same on all ranks.
+    pub fn under_way(&self) -> Option<u64> {
+        (!matches!(self.state, State::Idle)).then_some(self.step)
     }
 
     /// This rank's part of the next step's signal.
     pub fn signal(&mut self) -> u32 {
         match &mut self.state {
-            State::Idle => 0,
-            State::Uploading { result, done, .. } => {
-                poll(result, done);
-                if done.is_some() { UPLOADED } else { 0 }
+            State::Uploading { shard, .. } => u32::from(shard.is_done(Duration::ZERO)) * UPLOADED,
+            State::Committing { manifest: Some(manifest) } => {
+                u32::from(manifest.is_done(Duration::ZERO)) * COMMIT_ENDED
             }
-            State::Committing { result, done, .. } => {
-                poll(result, done);
-                if matches!(done, Some(Err(_))) { COMMIT_FAILED } else { 0 }
-            }
+            State::Idle | State::Committing { manifest: None } => 0,
         }
     }
 
@@ -98,43 +136,41 @@ impl Saver {
     ///
     /// # Errors
     /// What made any rank's upload or the commit fail, on every rank.
-    pub fn advance(&mut self, signals: &[u32], config: &Value) -> Result<Option<Saved>> {
-        if signals.iter().any(|signal| signal & COMMIT_FAILED != 0) {
-            return self.finish(config);
+    pub fn advance(&mut self, signals: &[u32]) -> Result<Option<Saved>> {
+        if signals.iter().any(|signal| signal & COMMIT_ENDED != 0) {
+            return self.finish();
         }
         if matches!(self.state, State::Uploading { .. }) && signals.iter().all(|signal| signal & UPLOADED != 0) {
-            self.collect(config)?;
-        }
-        if let State::Committing { step, done: Some(Ok(manifest)), .. } = &self.state {
-            let saved = Saved { step: *step, key: manifest.key() };
-            self.state = State::Idle;
-            return Ok(Some(saved));
+            self.collect()?;
         }
         Ok(None)
     }
 
-    /// Starts a checkpoint of `step`, of whose weights `metrics` were measured: copies this rank's shards and returns. A checkpoint still under way is finished
-    /// first, so that no more than one copy is ever held.
+    /// Starts a checkpoint: copies this rank's shards and returns. A checkpoint still under way is finished first, so that
+    /// no more than one copy is ever held.
     ///
     /// # Errors
     /// As [`Saver::finish`].
-    pub fn save(
-        &mut self,
-        step: u64,
-        stepper: &Stepper,
-        mut metrics: BTreeMap<String, f64>,
-        config: &Value,
-    ) -> Result<Option<Saved>> {
-        let earlier = self.finish(config)?;
-        let snapshot = Snapshot::of(&stepper.buckets, &stepper.optimizer.averages)?;
+    pub fn save(&mut self, save: Save) -> Result<Option<Saved>> {
+        let earlier = self.finish()?;
+        let Save { step, stepper, mut metrics, record, requests } = save;
+        self.snapshot.take(&stepper.buckets, Instant::now() + self.upload_timeout)?;
         let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
-        let (sender, result) = channel();
+        let (result, shard) = Awaited::new();
         let id = ShardId { attempt: self.attempt, step, rank, world_size };
-        self.submit(Job::Upload { id, snapshot, result: sender })?;
-        let optimizer_step = stepper.optimizer.updates;
+        self.submit(Job::Upload { id, snapshot: self.snapshot.clone(), result })?;
         // Weights whose loss overflows are no candidates for the best.
         metrics.retain(|_, value| value.is_finite());
-        (self.step, self.state) = (step, State::Uploading { step, optimizer_step, metrics, result, done: None });
+        let to_commit = Commit {
+            attempt: self.attempt,
+            step,
+            optimizer_step: stepper.optimizer.updates,
+            config: record.clone(),
+            decision_log: Value::Array(Vec::new()),
+            metrics,
+            shards: Vec::new(),
+        };
+        (self.step, self.state) = (step, State::Uploading { to_commit, requests, shard });
         Ok(earlier)
     }
 
@@ -142,21 +178,20 @@ impl Saver {
     ///
     /// # Errors
     /// What made any rank's upload or the commit fail, on every rank.
-    pub fn finish(&mut self, config: &Value) -> Result<Option<Saved>> {
-        if let State::Uploading { result, done, .. } = &mut self.state {
-            wait(result, done);
-            self.collect(config)?;
+    pub fn finish(&mut self) -> Result<Option<Saved>> {
+        if let State::Uploading { shard, .. } = &mut self.state {
+            wait_together(&*self.collective, |pause| shard.is_done(pause))?;
+            self.collect()?;
         }
-        let mut saved = None;
-        let mut outcome = String::new();
-        if let State::Committing { step, mut result, mut done } = std::mem::replace(&mut self.state, State::Idle) {
-            wait(&mut result, &mut done);
-            match done {
-                Some(Ok(manifest)) => saved = Some(Saved { step, key: manifest.key() }),
-                Some(Err(error)) => outcome = format!("{error:#}"),
-                None => outcome = "the checkpoint thread ended".to_owned(),
-            }
-        }
+        let State::Committing { manifest } = &mut self.state else { return Ok(None) };
+        wait_together(&*self.collective, |pause| manifest.as_mut().is_none_or(|manifest| manifest.is_done(pause)))?;
+        let done = manifest.take().map(Awaited::take);
+        self.state = State::Idle;
+        let (saved, outcome) = match done {
+            Some(Ok(manifest)) => (Some(Saved { step: self.step, key: manifest.key() }), String::new()),
+            Some(Err(error)) => (None, format!("{error:#}")),
+            None => (None, String::new()),
+        };
         let outcomes = self.collective.gather_bytes(outcome.as_bytes()).context("agreeing on a checkpoint")?;
         match outcomes.first() {
             Some(failure) if !failure.is_empty() => {
@@ -168,40 +203,30 @@ impl Saver {
     }
 
     /// Gathers all ranks' shard records; rank 0 goes on to commit.
-    fn collect(&mut self, config: &Value) -> Result<()> {
-        let State::Uploading { step, optimizer_step, metrics, done, .. } =
-            std::mem::replace(&mut self.state, State::Idle)
-        else {
+    fn collect(&mut self) -> Result<()> {
+        let State::Uploading { to_commit, requests, shard } = std::mem::replace(&mut self.state, State::Idle) else {
             return Ok(());
         };
         // A message is the record as JSON, or "!" and why there is none.
-        let message = match done {
-            Some(Ok(record)) => serde_json::to_vec(&record)?,
-            Some(Err(error)) => format!("!{error:#}").into_bytes(),
-            None => b"!the checkpoint thread ended".to_vec(),
+        let message = match shard.take() {
+            Ok(record) => serde_json::to_vec(&record)?,
+            Err(error) => format!("!{error:#}").into_bytes(),
         };
         let mut shards = Vec::new();
         for (rank, message) in self.collective.gather_bytes(&message)?.into_iter().enumerate() {
             if let Some(reason) = message.strip_prefix(b"!") {
                 let reason = String::from_utf8_lossy(reason).into_owned();
-                return Err(SaveFailed { rank, step, reason }.into());
+                return Err(SaveFailed { rank, step: self.step, reason }.into());
             }
             shards.push(serde_json::from_slice::<ShardRecord>(&message).context("a shard record of another rank")?);
         }
+        let mut manifest = None;
         if self.collective.rank() == 0 {
-            let (sender, result) = channel();
-            let commit = Commit {
-                attempt: self.attempt,
-                step,
-                optimizer_step,
-                config: config.clone(),
-                decision_log: Value::Array(Vec::new()),
-                metrics,
-                shards,
-            };
-            self.submit(Job::Commit { commit, result: sender })?;
-            self.state = State::Committing { step, result, done: None };
+            let (result, awaited) = Awaited::new();
+            self.submit(Job::Commit { commit: Commit { shards, ..to_commit }, requests, result })?;
+            manifest = Some(awaited);
         }
+        self.state = State::Committing { manifest };
         Ok(())
     }
 
@@ -220,33 +245,56 @@ impl Drop for Saver {
     }
 }
 
-fn poll<T>(result: &mut Receiver<Result<T>>, done: &mut Option<Result<T>>) {
-    if done.is_none() {
-        *done = match result.try_recv() {
-            Ok(value) => Some(value),
-            Err(TryRecvError::Empty) => None,
-            Err(TryRecvError::Disconnected) => Some(Err(anyhow!("the checkpoint thread ended"))),
-        };
+/// A result that the checkpoint thread owes.
+struct Awaited<T> {
+    result: Receiver<Result<T>>,
+    done: Option<Result<T>>,
+}
+
+impl<T> Awaited<T> {
+    fn new() -> (Sender<Result<T>>, Self) {
+        let (sender, result) = channel();
+        (sender, Self { result, done: None })
+    }
+
+    /// Whether it has come, within `wait`; also if it never will.
+    fn is_done(&mut self, wait: Duration) -> bool {
+        use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
+        if self.done.is_none() {
+            self.done = match self.result.recv_timeout(wait) {
+                Ok(value) => Some(value),
+                Err(Timeout) => None,
+                Err(Disconnected) => Some(Err(anyhow!("the checkpoint thread ended"))),
+            };
+        }
+        self.done.is_some()
+    }
+
+    fn take(self) -> Result<T> {
+        self.done.unwrap_or_else(|| Err(anyhow!("the checkpoint thread has not finished")))
     }
 }
 
-fn wait<T>(result: &mut Receiver<Result<T>>, done: &mut Option<Result<T>>) {
-    if done.is_none() {
-        // Store operations are bounded in time, so this is too.
-        *done = result.recv().ok();
-    }
-}
-
-fn work(store: &RunStore, retention: &Retention, queue: Receiver<Job>) {
+fn work(store: &RunStore, retention: &Retention, stop: &StopFlag, queue: Receiver<Job>) {
     for job in queue {
         // A receiver that is gone belongs to a run that has already failed.
         match job {
             Job::Upload { id, snapshot, result } => {
-                let _ = result.send(store.write_shard(&id, &snapshot.slices()).map_err(Into::into));
+                let shard = store.write_shard(&id, &snapshot.slices()).map_err(Into::into);
+                // The next checkpoint needs its memory.
+                drop(snapshot);
+                let _ = result.send(shard);
             }
-            Job::Commit { commit, result } => {
-                let _ = result.send(store.commit(commit).map_err(Into::into));
-                if let Err(error) = store.retain(retention) {
+            Job::Commit { commit, requests, result } => {
+                let manifest = store.commit(commit);
+                let is_committed = manifest.is_ok();
+                let _ = result.send(manifest.map_err(Into::into));
+                if is_committed && let Err(error) = store.answer(&requests) {
+                    eprintln!("trainer: warning: requests for a checkpoint were not removed: {error}");
+                }
+                if !stop.is_raised()
+                    && let Err(error) = store.retain(retention)
+                {
                     eprintln!("trainer: warning: old checkpoints were not removed: {error}");
                 }
             }

@@ -1,18 +1,30 @@
 //! What a checkpoint holds of a rank: its shards of weights, averages and moments, copied out and read back.
 
-use super::bucket::{Bucket, Buckets, Entry};
+use super::bucket::{Bucket, Buckets, Entry, slice};
 use crate::ema::Average;
+use crate::ffi::{SnapshotMemory, values_mut};
 use anyhow::{Context, Result, bail};
 use checkpoint::{CheckpointReader, F32Bytes, Manifest, ReadInto, RunStore, Slice};
+use std::collections::HashSet;
 use std::sync::Arc;
-use tch::Tensor;
+use std::time::{Duration, Instant};
+use tch::{Device, Tensor};
 
-/// A copy of this rank's shards in host memory.
-pub(super) struct Snapshot(Vec<Piece>);
+/// This rank's shards in host memory that is made once and used for every checkpoint. A clone shares it with an upload.
+#[derive(Clone)]
+pub(super) struct Snapshot {
+    memory: Arc<SnapshotMemory>,
+    pieces: Arc<[Piece]>,
+}
 
 /// The owned elements of one section of one bucket.
 struct Piece {
-    values: Arc<Vec<f32>>,
+    bucket: usize,
+    section: Section,
+    /// From its first to its last entry, in this rank's shard: frozen parameters' moments are not copied.
+    span: std::ops::Range<usize>,
+    /// Where the span starts in the memory.
+    start: usize,
     entries: Vec<SnapshotEntry>,
 }
 
@@ -60,14 +72,24 @@ impl Section {
         }
     }
 
-    /// The entries of a bucket that it has and this rank owns elements of. Frozen parameters have no moments.
+    /// Its names, whoever owns them.
+    fn names(&self, buckets: &Buckets) -> Vec<String> {
+        let entries = buckets.0.iter().flat_map(|bucket| &bucket.layout.entries);
+        entries.filter(|entry| self.has(entry)).map(|entry| format!("{}{}", self.prefix, entry.name)).collect()
+    }
+
+    /// Frozen parameters have no moments.
+    fn has(&self, entry: &Entry) -> bool {
+        entry.spec.trainable || matches!(self.holds, Holds::Params | Holds::Average(_))
+    }
+
+    /// The entries of a bucket that it has and this rank owns elements of.
     fn owned_entries(&self, bucket: &Bucket) -> Vec<SnapshotEntry> {
         let shard = &bucket.shard;
-        let with_frozen = matches!(self.holds, Holds::Params | Holds::Average(_));
         let owned = |entry: &Entry| {
             let (whole, first) = (entry.range(), entry.range().start.max(shard.start));
             let end = whole.end.min(shard.end);
-            (first < end && (entry.spec.trainable || with_frozen)).then(|| SnapshotEntry {
+            (first < end && self.has(entry)).then(|| SnapshotEntry {
                 name: format!("{}{}", self.prefix, entry.name),
                 shape: entry.spec.shape.iter().map(|&side| side as usize).collect(),
                 start_numel: first - whole.start,
@@ -79,76 +101,129 @@ impl Section {
 }
 
 impl Snapshot {
-    pub(super) fn of(buckets: &Buckets, averages: &[Average]) -> Result<Self> {
-        let sections = Section::all(averages);
-        let mut pieces = Vec::with_capacity(buckets.0.len() * sections.len());
-        for bucket in &buckets.0 {
-            for section in &sections {
-                let values = Vec::<f32>::try_from(section.of(bucket)).context("copying a shard for a checkpoint")?;
-                pieces.push(Piece { values: Arc::new(values), entries: section.owned_entries(bucket) });
+    /// Room for what this rank owns.
+    pub(super) fn allocate(buckets: &Buckets, averages: &[Average]) -> Result<Self> {
+        let mut numel = 0;
+        let mut pieces = Vec::new();
+        for (index, bucket) in buckets.0.iter().enumerate() {
+            for section in Section::all(averages) {
+                let entries = section.owned_entries(bucket);
+                let (Some(first), Some(last)) = (entries.first(), entries.last()) else { continue };
+                let span = first.range.start..last.range.end;
+                let start = numel;
+                numel += span.len();
+                pieces.push(Piece { bucket: index, section, span, start, entries });
             }
         }
-        Ok(Self(pieces))
+        let device = buckets.0.first().map_or(Device::Cpu, |bucket| bucket.params.device());
+        let memory = SnapshotMemory::allocate(numel, device);
+        let memory = memory.with_context(|| format!("{} MiB of host memory for checkpoints", numel >> 18))?;
+        Ok(Self { memory: Arc::new(memory), pieces: pieces.into() })
+    }
+
+    /// Copies this rank's shards as they are now. An upload of the copy before must have ended; a store that has not let
+    /// its memory go yet is waited for until `give_up`.
+    pub(super) fn take(&mut self, buckets: &Buckets, give_up: Instant) -> Result<()> {
+        let source = |piece: &Piece| slice(&piece.section.of(&buckets.0[piece.bucket]), &piece.span);
+        let sources: Vec<Tensor> = self.pieces.iter().map(source).collect();
+        loop {
+            if let Some(memory) = Arc::get_mut(&mut self.memory) {
+                return memory.fill(&sources).context("copying a shard for a checkpoint");
+            }
+            if Instant::now() > give_up {
+                bail!("the store still holds the memory of the checkpoint before; is it hanging?");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub(super) fn slices(&self) -> Vec<Slice<'_>> {
         let mut slices = Vec::new();
-        for piece in &self.0 {
+        for piece in self.pieces.iter() {
+            let in_memory = |at: usize| piece.start + at - piece.span.start;
             slices.extend(piece.entries.iter().map(|entry| Slice {
                 name: &entry.name,
                 shape: &entry.shape,
                 start_numel: entry.start_numel,
-                data: F32Bytes::shared(&piece.values, entry.range.clone()),
+                data: F32Bytes::shared(&self.memory, in_memory(entry.range.start)..in_memory(entry.range.end)),
             }));
         }
         slices
     }
 }
 
-/// Fills this rank's shards from a checkpoint of any world size. The other ranks' weights are not read: gather them.
+/// Fills this rank's shards from a checkpoint of any world size, and verifies this rank's part (number, of how many) of
+/// what no rank needs. The other ranks' weights are not read: gather them.
 ///
 /// A checkpoint before the first update (imported weights) need not have averages, which are then copies of the weights,
 /// nor moments, which are then zero.
 ///
 /// # Errors
 /// A damaged or missing object, or a tensor of another name or shape than the model's.
-pub fn restore(store: &RunStore, manifest: &Manifest, buckets: &Buckets, averages: &[Average]) -> Result<()> {
+pub fn restore(
+    store: &RunStore,
+    manifest: &Manifest,
+    buckets: &Buckets,
+    averages: &[Average],
+    part: (usize, usize),
+) -> Result<()> {
     let reader = store.read(manifest);
-    for section in Section::all(averages) {
-        let has_it = reader.names().any(|name| name.starts_with(&section.prefix));
-        for bucket in &buckets.0 {
-            match section.holds {
-                Holds::Params => {
-                    restore_section(&reader, &section, bucket)?;
-                    bucket.copy_to_averages();
-                }
-                Holds::Average(_) | Holds::ExpAvg | Holds::ExpAvgSq if manifest.optimizer_step == 0 && !has_it => {}
-                _ => restore_section(&reader, &section, bucket)?,
-            }
+    let is_there = |section: &Section| reader.names().any(|name| name.starts_with(&section.prefix));
+    let (held, lacking): (Vec<Section>, Vec<Section>) = Section::all(averages)
+        .into_iter()
+        .partition(|section| manifest.optimizer_step > 0 || section.holds == Holds::Params || is_there(section));
+    let needed: HashSet<String> = held.iter().flat_map(|section| section.names(buckets)).collect();
+    let targets = |bucket| held.iter().map(move |section: &Section| (section, bucket)).collect::<Vec<_>>();
+    match buckets.0.first().map(|bucket| bucket.params.device()) {
+        // One pass over the store, straight to where the values belong.
+        Some(Device::Cpu) => restore_all(&reader, &buckets.0.iter().flat_map(targets).collect::<Vec<_>>())?,
+        // So much at a time as one bucket has, by way of host memory.
+        _ => buckets.0.iter().try_for_each(|bucket| restore_all(&reader, &targets(bucket)))?,
+    }
+    for bucket in &buckets.0 {
+        for section in &lacking {
+            tch::no_grad(|| match section.holds {
+                Holds::Params | Holds::Average(_) => section.of(bucket).copy_(&bucket.params_shard()),
+                // A damaged checkpoint may have been tried before.
+                Holds::ExpAvg | Holds::ExpAvgSq => drop(section.of(bucket).zero_()),
+            });
         }
     }
+    reader.verify_others(|name| needed.contains(name), part)?;
     Ok(())
 }
 
-fn restore_section(reader: &CheckpointReader, section: &Section, bucket: &Bucket) -> Result<()> {
-    let mut values = vec![0f32; bucket.shard.len()];
-    let entries = section.owned_entries(bucket);
-    let mut requests = Vec::with_capacity(entries.len());
-    // Entries ascend, so the shard can be cut into one output an entry; padding in between stays zero.
-    let (mut rest, mut position) = (&mut values[..], 0);
-    for entry in &entries {
-        let found = reader.shape(&entry.name);
-        if found != Some(&entry.shape[..]) {
-            let (step, name) = (reader.manifest().step, &entry.name);
-            bail!("checkpoint of step {step}: `{name}` has shape {found:?}; expected {:?}", entry.shape);
+/// Reads sections of buckets, together in one go.
+fn restore_all(reader: &CheckpointReader, targets: &[(&Section, &Bucket)]) -> Result<()> {
+    let on_host = |section: &Section, bucket: &Bucket| match section.of(bucket) {
+        target if target.device() == Device::Cpu => target,
+        target => Tensor::zeros_like(&target).to_device(Device::Cpu),
+    };
+    let owned: Vec<_> = targets.iter().map(|(section, bucket)| section.owned_entries(bucket)).collect();
+    let mut hosts: Vec<Tensor> = targets.iter().map(|(section, bucket)| on_host(section, bucket)).collect();
+    let mut requests = Vec::new();
+    for (host, entries) in hosts.iter_mut().zip(&owned) {
+        // Entries ascend, so the shard can be cut into one output an entry; padding in between stays zero.
+        let (mut rest, mut position) = (values_mut(host), 0);
+        for entry in entries {
+            let found = reader.shape(&entry.name);
+            if found != Some(&entry.shape[..]) {
+                let (step, name) = (reader.manifest().step, &entry.name);
+                bail!("checkpoint of step {step}: `{name}` has shape {found:?}; expected {:?}", entry.shape);
+            }
+            let (_, from_entry) = rest.split_at_mut(entry.range.start - position);
+            let (out, after) = from_entry.split_at_mut(entry.range.len());
+            requests.push(ReadInto { name: &entry.name, start_numel: entry.start_numel, out });
+            (rest, position) = (after, entry.range.end);
         }
-        let (_, from_entry) = rest.split_at_mut(entry.range.start - position);
-        let (out, after) = from_entry.split_at_mut(entry.range.len());
-        requests.push(ReadInto { name: &entry.name, start_numel: entry.start_numel, out });
-        (rest, position) = (after, entry.range.end);
     }
     reader.read_into(&mut requests)?;
-    tch::no_grad(|| section.of(bucket).copy_(&Tensor::from_slice(&values)));
+    for ((section, bucket), host) in targets.iter().zip(&hosts) {
+        let mut target = section.of(bucket);
+        if target.device() != Device::Cpu {
+            tch::no_grad(|| target.copy_(host));
+        }
+    }
     Ok(())
 }
 
@@ -158,7 +233,6 @@ mod tests {
     use crate::model::testing::tiny_dit;
     use checkpoint::{AttemptInfo, Commit, ShardId};
     use configs::lanes::LaneBlock;
-    use tch::Device;
 
     fn averages() -> Vec<Average> {
         Average::of_config(&configs::EmaConfig {
@@ -186,7 +260,8 @@ mod tests {
                     let _ = tensor.shallow_clone().fill_((number * 10 + index + 1) as f64);
                 });
             }
-            let snapshot = Snapshot::of(&buckets, &averages()).unwrap();
+            let mut snapshot = Snapshot::allocate(&buckets, &averages()).unwrap();
+            snapshot.take(&buckets, Instant::now()).unwrap();
             let slices: Vec<Slice> = snapshot.slices().into_iter().filter(|slice| keep(slice.name)).collect();
             store.write_shard(&ShardId { attempt, step: 500, rank, world_size: 2 }, &slices).unwrap()
         };
@@ -206,7 +281,7 @@ mod tests {
         assert!(!manifest.tensors.contains_key("adamw/exp_avg/pos_embed"));
         let fresh = buckets(0, 1);
         let restored = Buckets::zeroed(&tiny_dit(), 4, LaneBlock::of(0, 1, 4).unwrap(), 3, Device::Cpu);
-        restore(&store, &manifest, &restored, &averages()).unwrap();
+        restore(&store, &manifest, &restored, &averages(), (0, 1)).unwrap();
         for (number, (bucket, fresh)) in restored.0.iter().zip(&fresh.0).enumerate() {
             assert!(bucket.params.equal(&fresh.params));
             let states = bucket.averages.iter().chain([&bucket.exp_avg, &bucket.exp_avg_sq]);
@@ -219,20 +294,34 @@ mod tests {
     }
 
     #[test]
+    fn the_same_memory_serves_every_checkpoint_once_its_upload_has_let_it_go() {
+        let buckets = buckets(0, 1);
+        let mut snapshot = Snapshot::allocate(&buckets, &averages()).unwrap();
+        let place = snapshot.memory.as_ref().as_ref().as_ptr();
+        snapshot.take(&buckets, Instant::now()).unwrap();
+        let upload = snapshot.clone().slices().pop().map(|slice| slice.data);
+        let held = snapshot.take(&buckets, Instant::now()).unwrap_err().to_string();
+        assert!(held.contains("still holds the memory"), "{held}");
+        drop(upload);
+        snapshot.take(&buckets, Instant::now()).unwrap();
+        assert_eq!(snapshot.memory.as_ref().as_ref().as_ptr(), place);
+    }
+
+    #[test]
     fn imported_weights_alone_are_a_start_and_later_nothing_may_be_missing() {
         let (store, manifest) = saved("weights-alone", 0, |name| name.starts_with("model/"));
         let restored = buckets(1, 4);
         for bucket in &restored.0 {
             bucket.averages.iter().for_each(|average| drop(average.shallow_clone().fill_(7.0)));
         }
-        restore(&store, &manifest, &restored, &averages()).unwrap();
+        restore(&store, &manifest, &restored, &averages(), (0, 1)).unwrap();
         for bucket in &restored.0 {
             assert!(bucket.averages.iter().all(|average| average.equal(&bucket.params_shard())));
             assert_eq!(bucket.exp_avg_sq.abs().max().double_value(&[]), 0.0);
         }
         for missing in ["ema_0.5/", "adamw/exp_avg_sq/"] {
             let (store, manifest) = saved(&missing.replace('/', "-"), 1, |name| !name.starts_with(missing));
-            let error = restore(&store, &manifest, &buckets(0, 1), &averages()).unwrap_err().to_string();
+            let error = restore(&store, &manifest, &buckets(0, 1), &averages(), (0, 1)).unwrap_err().to_string();
             assert!(error.contains("step 500") && error.contains(&format!("`{missing}")), "{error}");
         }
     }

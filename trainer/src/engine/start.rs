@@ -1,12 +1,15 @@
 //! Where a start of a run goes on from: its newest checkpoint, given weights, or nothing.
 
-use super::agree::{Agreed, agree, decided_by_rank_0};
+use super::agree::{Agreed, agree, decided_by_rank_0, work_together};
+use super::bucket::Buckets;
 use super::initial::Initial;
+use super::snapshot::restore;
+use crate::ema::Average;
 use crate::interop;
 use crate::model::Model;
 use crate::recipe::Recipe;
 use anyhow::{Context, Result, bail};
-use checkpoint::{Manifest, RunStore};
+use checkpoint::{CheckpointError, Committed, Damaged, Manifest, RunStore};
 use collective::Collective;
 use configs::RunConfig;
 use serde_json::Value;
@@ -19,38 +22,125 @@ pub struct Initialised {
     pub changes: Vec<String>,
 }
 
-/// The newest valid checkpoint, which this config must be one to continue.
-pub(super) fn find_checkpoint(config: &RunConfig, record: &Value, store: &RunStore) -> Result<Option<Manifest>> {
-    let Some((manifest, damaged)) = store.newest_valid().context("looking for a checkpoint to resume from")? else {
-        return Ok(None);
+/// Loads the newest valid checkpoint, which this config must be one to continue, into what `zeroed` makes; `None` where there
+/// is no checkpoint. All ranks call it together: each reads and verifies what it needs and its share of what nobody needs,
+/// so that every byte is verified once.
+///
+/// # Errors
+/// [`Agreed`] if only damaged ones are left, the config is of another experiment, or a rank cannot read the store.
+pub(super) fn resume(
+    config: &RunConfig,
+    record: &Value,
+    store: &RunStore,
+    collective: &dyn Collective,
+    averages: &[Average],
+    zeroed: impl Fn() -> Buckets,
+) -> Result<Option<(Manifest, Buckets)>> {
+    let mut search = Search { config, record, store, newest_first: None, damaged: Vec::new() };
+    let mut buckets = None;
+    loop {
+        let Some(manifest) = decided_by_rank_0(collective, || search.next())? else { return Ok(None) };
+        let loaded = buckets.get_or_insert_with(&zeroed);
+        let part = (collective.rank(), collective.world_size());
+        let restored = work_together(collective, || restore(store, &manifest, loaded, averages, part))?;
+        match damage(collective, restored)? {
+            None => return Ok(buckets.map(|buckets| (manifest, buckets))),
+            Some(reason) => search.pass_over(manifest.step, manifest.attempt, reason, collective.rank() == 0),
+        }
+    }
+}
+
+/// What is damaged about a checkpoint, as the first rank that noticed tells it; the same on all ranks.
+fn damage(collective: &dyn Collective, restored: Result<()>) -> Result<Option<String>> {
+    let is_damage = |error: &CheckpointError| error.is_damage();
+    let mine = match restored {
+        Err(error) if error.downcast_ref().is_some_and(is_damage) => Ok(format!("{error:#}")),
+        other => other.map(|()| String::new()),
     };
-    let damaged: Vec<String> = damaged.iter().map(ToString::to_string).collect();
-    if !damaged.is_empty() && config.checkpoint.on_damaged == configs::OnDamaged::Fail {
-        bail!("damaged checkpoints in {}: {}; checkpoint.on_damaged = \"fail\"", store.url(), damaged.join("; "));
+    let mine = agree(collective, mine)?;
+    let all = collective.gather_bytes(mine.as_bytes()).context("agreeing on a checkpoint")?;
+    let first = all.iter().find(|reason| !reason.is_empty());
+    Ok(first.map(|reason| String::from_utf8_lossy(reason).into_owned()))
+}
+
+/// Goes through a run's checkpoints; rank 0's business.
+struct Search<'a> {
+    config: &'a RunConfig,
+    record: &'a Value,
+    store: &'a RunStore,
+    newest_first: Option<std::vec::IntoIter<Committed>>,
+    /// Those passed over so far.
+    damaged: Vec<Damaged>,
+}
+
+impl Search<'_> {
+    /// The next checkpoint whose manifest is sound. `None` if there never was one.
+    fn next(&mut self) -> Result<Option<Manifest>> {
+        let context = "looking for a checkpoint to resume from";
+        let mut newest_first = match self.newest_first.take() {
+            Some(rest) => rest,
+            None => self.store.committed().context(context)?.into_iter(),
+        };
+        let url = self.store.url();
+        let manifest = loop {
+            if let (configs::OnDamaged::Fail, Some(damaged)) = (self.config.checkpoint.on_damaged, self.damaged.last())
+            {
+                bail!("damaged checkpoint in {url}: {damaged}; checkpoint.on_damaged = \"fail\"");
+            }
+            let Some(commit) = newest_first.next() else {
+                if self.damaged.is_empty() {
+                    return Ok(None);
+                }
+                let damaged = std::mem::take(&mut self.damaged);
+                return Err(CheckpointError::AllDamaged { url: url.to_owned(), damaged }).context(context);
+            };
+            match self.store.manifest(&commit) {
+                Ok(manifest) => break manifest,
+                Err(error) if error.is_damage() => {
+                    self.pass_over(commit.step, commit.attempt, error.to_string(), true);
+                }
+                Err(error) => return Err(error).context(context),
+            }
+        };
+        self.newest_first = Some(newest_first);
+        self.check(&manifest)?;
+        Ok(Some(manifest))
     }
-    for damaged in damaged {
-        eprintln!("trainer: warning: damaged checkpoint passed over: {damaged}");
+
+    fn pass_over(&mut self, step: u64, attempt: u32, reason: String, aloud: bool) {
+        let damaged = Damaged { step, attempt, reason };
+        if aloud && self.config.checkpoint.on_damaged == configs::OnDamaged::Fallback {
+            eprintln!("trainer: warning: damaged checkpoint passed over: {damaged}");
+        }
+        self.damaged.push(damaged);
     }
-    let changes = configs::changed_experiment_keys(&manifest.config, record);
-    if !changes.is_empty() {
-        let changes: Vec<String> = changes.iter().map(ToString::to_string).collect();
-        bail!(
-            "{} holds another experiment (step {}): {}; undo the change, or give a new `run.url`",
-            store.url(),
-            manifest.step,
-            changes.join("; ")
-        );
+
+    /// Whether this config continues the run.
+    fn check(&self, manifest: &Manifest) -> Result<()> {
+        let Self { config, record, store, .. } = self;
+        let changes = configs::changed_experiment_keys(&manifest.config, record);
+        if !changes.is_empty() {
+            let changes: Vec<String> = changes.iter().map(ToString::to_string).collect();
+            bail!(
+                "{} holds another experiment (step {}): {}; undo the change, or give a new `run.url`",
+                store.url(),
+                manifest.step,
+                changes.join("; ")
+            );
+        }
+        let origin = |config: &Value, key: &str| config["init"][key].clone();
+        let same_origin = |(key, value): (&String, &Value)| origin(&manifest.config, key) == *value;
+        if record["init"].as_object().is_some_and(|init| !init.iter().all(same_origin)) {
+            let step = manifest.step;
+            eprintln!(
+                "trainer: warning: [init] is ignored: the run goes on from step {step}, and it began from elsewhere"
+            );
+        }
+        if manifest.step > config.train.steps {
+            bail!("{} is at step {}, beyond `train.steps` = {}", store.url(), manifest.step, config.train.steps);
+        }
+        Ok(())
     }
-    let origin = |config: &Value, key: &str| config["init"][key].clone();
-    let same_origin = |(key, value): (&String, &Value)| origin(&manifest.config, key) == *value;
-    if record["init"].as_object().is_some_and(|init| !init.iter().all(same_origin)) {
-        let step = manifest.step;
-        eprintln!("trainer: warning: [init] is ignored: the run goes on from step {step}, and it began from elsewhere");
-    }
-    if manifest.step > config.train.steps {
-        bail!("{} is at step {}, beyond `train.steps` = {}", store.url(), manifest.step, config.train.steps);
-    }
-    Ok(Some(manifest))
 }
 
 /// The weights that `[init]` gives a new run, on every rank.

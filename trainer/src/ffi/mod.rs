@@ -1,8 +1,11 @@
 //! What `tch` lacks, through a small C++ file over the same libtorch. The only `unsafe` code on tensors.
 
 mod host;
+mod snapshot_memory;
 
 pub use host::{batch_memory, upload};
+pub use snapshot_memory::SnapshotMemory;
+pub(crate) use snapshot_memory::values_mut;
 
 use collective::{Dtype, Place, Region};
 use std::ffi::{CStr, c_char};
@@ -43,6 +46,8 @@ unsafe extern "C" {
         count: usize,
         weight: f64,
     ) -> *mut c_char;
+    fn ditharos_snapshot_memory(numel: i64, is_pinned: bool, memory: *mut *mut C_tensor) -> *mut c_char;
+    fn ditharos_copy(target: *mut C_tensor, source: *const C_tensor) -> *mut c_char;
     fn ditharos_set_deterministic() -> *mut c_char;
     fn ditharos_load_cuda() -> *mut c_char;
 }

@@ -71,6 +71,22 @@ char* ditharos_foreach_lerp(at::Tensor* const* self, at::Tensor* const* end, siz
   });
 }
 
+// A new float32 vector in host memory, page-locked where asked for, with every page touched.
+char* ditharos_snapshot_memory(int64_t numel, bool is_pinned, at::Tensor** memory) {
+  return guarded([&] {
+    auto options = at::TensorOptions().dtype(at::kFloat).pinned_memory(is_pinned);
+    *memory = new at::Tensor(at::empty({numel}, options).zero_());
+  });
+}
+
+// Does not wait for a device when target is page-locked.
+char* ditharos_copy(at::Tensor* target, const at::Tensor* source) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    target->copy_(*source, /*non_blocking=*/true);
+  });
+}
+
 // Deterministic kernels or an error where there is none; no TF32; no benchmark-chosen convolutions.
 char* ditharos_set_deterministic() {
   return guarded([] {
