@@ -39,6 +39,8 @@ enum Command {
     Draws(commands::draws::DrawsArgs),
     /// A moving average of any width from those in a run's checkpoints.
     Ema(commands::ema::EmaArgs),
+    /// Saves and loads a made-up state, for `./dev bench checkpoint`.
+    BenchCheckpoint(commands::bench_checkpoint::BenchCheckpointArgs),
     /// Times the training step on made-up latents.
     BenchStep(commands::bench_step::BenchStepArgs),
 }
@@ -58,6 +60,7 @@ fn main() {
         Command::Digest(args) => commands::digest::digest(&args).map(|()| 0),
         Command::Draws(args) => commands::draws::draws(&args).map(|()| 0),
         Command::Ema(args) => commands::ema::ema(&args).map(|()| 0),
+        Command::BenchCheckpoint(args) => commands::bench_checkpoint::bench_checkpoint(&args).map(|()| 0),
         Command::BenchStep(args) => commands::bench_step::bench_step(&args).map(|()| 0),
     };
     std::process::exit(outcome.unwrap_or_else(|error| {

@@ -65,16 +65,8 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
     let model: Arc<dyn Model> = Arc::new(Dit::new(DitConfig {
         input_size: args.input_size,
         in_channels: args.in_channels,
-        patch_size: args.patch_size,
-        hidden_size: args.hidden_size,
-        depth: args.depth,
-        num_heads: args.num_heads,
-        mlp_ratio: 4.0,
-        class_dropout_prob: 0.1,
         num_classes: args.num_classes,
-        learn_sigma: true,
-        conditioning: Default::default(),
-        numerics: Default::default(),
+        ..dit_config(args.hidden_size, args.depth, args.num_heads, args.patch_size)
     })?);
     let (seed, lanes, device) = (0, 1, Device::Cpu);
     let block = LaneBlock::of(0, 1, lanes)?;
@@ -121,4 +113,22 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
         println!("{line}");
     }
     Ok(())
+}
+
+/// A DiT as the official code trains it on 256×256 images of ImageNet.
+pub(super) fn dit_config(hidden_size: i64, depth: i64, num_heads: i64, patch_size: i64) -> DitConfig {
+    DitConfig {
+        input_size: 32,
+        in_channels: 4,
+        patch_size,
+        hidden_size,
+        depth,
+        num_heads,
+        mlp_ratio: 4.0,
+        class_dropout_prob: 0.1,
+        num_classes: 1000,
+        learn_sigma: true,
+        conditioning: Default::default(),
+        numerics: Default::default(),
+    }
 }

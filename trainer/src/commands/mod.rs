@@ -1,5 +1,6 @@
 //! The trainer's commands.
 
+pub mod bench_checkpoint;
 pub mod bench_step;
 pub mod checkpoints;
 pub mod digest;
