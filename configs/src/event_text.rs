@@ -87,6 +87,7 @@ mod tests {
             images_per_s: 431.4,
             data_wait_share: 0.001,
             eta_s: 190.2,
+            rows_read: Vec::new(),
             mfu: None,
             time: 1.0,
         };

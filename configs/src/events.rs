@@ -72,6 +72,9 @@ pub enum Event {
         /// Seconds to the end at this rate.
         #[serde(deserialize_with = "nan_if_null")]
         eta_s: f64,
+        /// Rows read so far of each source of `data.mix`, all ranks and starts together; empty with one data set.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        rows_read: Vec<u64>,
         /// Model FLOP/s over the peak of the devices, where the peak is known.
         mfu: Option<f64>,
         /// When.
@@ -231,6 +234,7 @@ mod tests {
             images_per_s: 431.0,
             data_wait_share: 0.001,
             eta_s: 190.0,
+            rows_read: vec![30, 10],
             mfu: None,
             time: 1.0,
         }

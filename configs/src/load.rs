@@ -165,24 +165,50 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
     }
 }
 
+/// The names of columns under a prefix; `$names` are those that are not given.
+macro_rules! columns {
+    ($r:expr, $prefix:literal, $names:expr) => {
+        Columns {
+            latent: $r.text(concat!($prefix, "latent"), &$names.latent),
+            latent_mean: $r.text(concat!($prefix, "latent_mean"), &$names.latent_mean),
+            latent_logvar: $r.text(concat!($prefix, "latent_logvar"), &$names.latent_logvar),
+            latent_flipped: $r.text(concat!($prefix, "latent_flipped"), &$names.latent_flipped),
+            label: $r.text(concat!($prefix, "label"), &$names.label),
+            id: $r.text(concat!($prefix, "id"), &$names.id),
+            shape: $r.text(concat!($prefix, "shape"), &$names.shape),
+        }
+    };
+}
+
 fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
-    let names = Columns::default();
+    let columns = columns!(r, "data.columns.", Columns::default());
+    let scaling_factor = r.optional_float("data.scaling_factor", POSITIVE);
     DataConfig {
-        url: required_urls(r, "data.url", base, "set it to a parquet file or a folder of them"),
+        url: optional_urls(r, "data.url", base),
+        mix: r.tables("data.mix", |r| DataSource {
+            url: required_urls(r, "url", base, "set it to a parquet file or a folder of them"),
+            weight: r.required_float("weight", POSITIVE, "set it to the data set's part of all rows"),
+            columns: columns!(r, "columns.", columns),
+            scaling_factor: r.optional_float("scaling_factor", POSITIVE).or(scaling_factor),
+        }),
         range_rows: r.integer("data.range_rows", 1..=COUNT, 256),
         shuffle_window_rows: r.integer("data.shuffle_window_rows", 1..=COUNT, 4096),
         prefetch_bytes: r.integer("data.prefetch_bytes", 1..=ANY, 64 << 20),
-        columns: Columns {
-            latent: r.text("data.columns.latent", &names.latent),
-            latent_mean: r.text("data.columns.latent_mean", &names.latent_mean),
-            latent_logvar: r.text("data.columns.latent_logvar", &names.latent_logvar),
-            latent_flipped: r.text("data.columns.latent_flipped", &names.latent_flipped),
-            label: r.text("data.columns.label", &names.label),
-            id: r.text("data.columns.id", &names.id),
-            shape: r.text("data.columns.shape", &names.shape),
-        },
         flip: r.flag_or_choice("data.flip", [Flip::Never, Flip::Stored], &[("latent", Flip::Latent)]),
-        scaling_factor: r.optional_float("data.scaling_factor", POSITIVE),
+        columns,
+        scaling_factor,
+    }
+}
+
+/// One data set or several.
+fn check_data(r: &mut Reader) {
+    match (r.given("data.url"), r.given("data.mix")) {
+        (false, false) => r.require(
+            "data.url",
+            "set it to a parquet file or a folder of them, or give several data sets as [[data.mix]]",
+        ),
+        (true, true) => r.refuse("data.mix", "is given beside data.url", "keep one of the two"),
+        _ => {}
     }
 }
 
@@ -249,14 +275,18 @@ fn required_url(r: &mut Reader, key: &'static str, base: &Path, advice: &str) ->
     optional_url(r, key, base).unwrap_or_default()
 }
 
-/// One URL, or a list of them.
 fn required_urls(r: &mut Reader, key: &'static str, base: &Path, advice: &str) -> Urls {
     r.require(key, advice);
-    let texts = r.one_or_more_texts(key).unwrap_or_default();
+    optional_urls(r, key, base).unwrap_or_else(|| Urls::new(Vec::new()))
+}
+
+/// One URL, or a list of them.
+fn optional_urls(r: &mut Reader, key: &'static str, base: &Path) -> Option<Urls> {
+    let texts = r.one_or_more_texts(key)?;
     if let Some(problem) = texts.iter().find_map(|text| location::defect(text)).filter(|_| r.sound(&[key])) {
         r.refuse(key, problem, "give a path, or a URL such as s3://bucket/folder");
     }
-    Urls::new(texts.iter().map(|text| location::resolve(base, text)).collect())
+    Some(Urls::new(texts.iter().map(|text| location::resolve(base, text)).collect()))
 }
 
 fn optional_url(r: &mut Reader, key: &'static str, base: &Path) -> Option<String> {
@@ -289,6 +319,7 @@ fn check(r: &mut Reader, c: &RunConfig) {
     if c.reduction == Reduction::Fast {
         r.refuse("reduction", "is not built yet", "use \"invariant\"");
     }
+    check_data(r);
     check_model(r, &c.model);
     diffusion::check(r, &c.diffusion);
     if r.sound(&["train.lanes"]) && !c.train.lanes.is_power_of_two() {

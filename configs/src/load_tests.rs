@@ -33,7 +33,7 @@ fn mistake(overrides: &[&str]) -> Mistake {
 fn what_is_left_out_takes_the_documented_default() {
     let config = load(SMALL, &[]).unwrap();
     assert_eq!(config.run.url, "file:///home/ada/runs/a");
-    assert_eq!(config.data.url.iter().collect::<Vec<_>>(), ["file:///data/a"]);
+    assert_eq!(config.data.url.as_ref().unwrap().iter().collect::<Vec<_>>(), ["file:///data/a"]);
     assert_eq!((config.seed, config.reduction), (0, Reduction::Invariant));
     assert_eq!(
         (config.data.range_rows, config.data.shuffle_window_rows, config.data.prefetch_bytes),
@@ -174,6 +174,46 @@ fn flips_are_off_stored_or_of_the_latent() {
         let config = load(SMALL, given).unwrap();
         assert_eq!((config.data.flip, &config.to_json()["data"]["flip"]), (flip, &recorded));
     }
+}
+
+#[test]
+fn a_mix_takes_the_place_of_one_data_set() {
+    let mix = r#"
+data.columns.label = "class"
+data.scaling_factor = 0.5
+[[data.mix]]
+url = "../a"
+weight = 3
+[[data.mix]]
+url = "s3://key:hunter2@bucket/b"
+weight = 0.5
+columns.latent = "z"
+scaling_factor = 0.25
+"#;
+    let alone = SMALL.replace("data.url = \"/data/a\"\n", "");
+    let (root, tables) = mix.split_at(mix.find("[[").unwrap());
+    let text = format!("{root}{alone}{tables}");
+    let config = load(&text, &[]).unwrap();
+    let [first, second] = &config.data.sources()[..] else { panic!("{:?}", config.data.mix) };
+    assert_eq!(first.url.iter().collect::<Vec<_>>(), ["file:///home/ada/a"]);
+    assert_eq!((first.weight, first.scaling_factor), (3.0, Some(0.5)));
+    assert_eq!((&first.columns.latent[..], &first.columns.label[..]), ("latent", "class"));
+    assert_eq!((&second.columns.latent[..], &second.columns.label[..]), ("z", "class"));
+    assert_eq!((second.weight, second.scaling_factor), (0.5, Some(0.25)));
+    assert!(!config.to_json().to_string().contains("hunter2"));
+    assert_eq!(config.to_json()["data"]["mix"][1]["url"], "s3://bucket/b");
+
+    let keys = |text: &str, overrides: &[&str]| -> Vec<String> {
+        load(text, overrides).unwrap_err().into_iter().map(|mistake| mistake.key).collect()
+    };
+    assert_eq!(keys(&text, &["data.url=/data/a"]), ["data.mix"]);
+    assert_eq!(keys(&alone, &[]), ["data.url"]);
+    assert_eq!(
+        keys(&alone, &["data.mix=[{weight = 0}, {url = \"http://[::1/x\", weight = 1, wieght = 2}]"]),
+        ["data.mix[0].url", "data.mix[0].weight", "data.mix[1].url", "data.mix[1].wieght"]
+    );
+    let shown = format!("{:?}", load(&alone, &["data.mix=[\"s3://key:hunter2@bucket/b\"]"]).unwrap_err());
+    assert!(!shown.contains("hunter2"), "{shown}");
 }
 
 #[test]
@@ -475,7 +515,7 @@ fn the_shipped_configs_load() {
     let quickstart = RunConfig::load(&folder.join("quickstart.toml"), &[]).unwrap();
     let root = folder.canonicalize().unwrap().parent().unwrap().to_owned();
     assert_eq!(
-        quickstart.data.url.iter().map(location::local_path).collect::<Vec<_>>(),
+        quickstart.data.url.as_ref().unwrap().iter().map(location::local_path).collect::<Vec<_>>(),
         [Some(root.join("data/quickstart"))]
     );
     assert_eq!(quickstart.sample.vae, Some(root.join("assets/vae/fashion-kl-f4")));

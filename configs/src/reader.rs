@@ -80,6 +80,11 @@ impl<'a> Reader<'a> {
         self.optional_float(key, range).unwrap_or(default)
     }
 
+    pub(crate) fn required_float(&mut self, key: &'static str, range: impl RangeBounds<f64>, advice: &str) -> f64 {
+        self.require(key, advice);
+        self.float(key, range, 1.0)
+    }
+
     /// A finite number inside `range`; integers are taken as well.
     pub(crate) fn optional_float(&mut self, key: &'static str, range: impl RangeBounds<f64>) -> Option<f64> {
         let value = self.take(key)?;

@@ -80,8 +80,12 @@ pub enum Reduction {
 /// `[data]`
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct DataConfig {
-    /// Parquet files, folders of them, or names with ranges or wildcards; required.
-    pub url: Urls,
+    /// Parquet files, folders of them, or names with ranges or wildcards; `None` with `mix`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<Urls>,
+    /// Several data sets, mixed by weight; empty with `url`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mix: Vec<DataSource>,
     /// Longest run of consecutive rows that is dealt to a lane as one piece; longer row groups are cut. At least 1.
     pub range_rows: u64,
     /// Rows of a lane that are shuffled among each other. At least 1.
@@ -94,6 +98,29 @@ pub struct DataConfig {
     pub flip: Flip,
     /// Factor that stored latents are multiplied with; must equal the data set's metadata if that has one. Above 0.
     pub scaling_factor: Option<f64>,
+}
+
+/// `[[data.mix]]`: one of several data sets that rows are drawn from.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DataSource {
+    /// Parquet files, folders of them, or names with ranges or wildcards; required.
+    pub url: Urls,
+    /// Its share of all rows over the sum of the weights. Above 0.
+    pub weight: f64,
+    /// Names of its columns; where not given those of `[data.columns]`.
+    pub columns: Columns,
+    /// In place of `data.scaling_factor`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scaling_factor: Option<f64>,
+}
+
+impl DataConfig {
+    /// What rows are read from: `url`, or the sources of `mix` in their order.
+    pub fn sources(&self) -> Vec<DataSource> {
+        let (columns, scaling_factor) = (self.columns.clone(), self.scaling_factor);
+        let alone = |url: &Urls| DataSource { url: url.clone(), weight: 1.0, columns, scaling_factor };
+        self.url.as_ref().map_or_else(|| self.mix.clone(), |url| vec![alone(url)])
+    }
 }
 
 /// `data.flip`: how an image is mirrored.
@@ -603,7 +630,8 @@ impl RunConfig {
     pub fn to_json(&self) -> serde_json::Value {
         let mut shown = self.clone();
         shown.run.url = crate::location::redact(&self.run.url);
-        shown.data.url = self.data.url.redacted();
+        shown.data.url = self.data.url.as_ref().map(Urls::redacted);
+        shown.data.mix.iter_mut().for_each(|source| source.url = source.url.redacted());
         if let Some(validation) = &mut shown.validation {
             validation.url = crate::location::redact(&validation.url);
         }

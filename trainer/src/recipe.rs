@@ -8,7 +8,7 @@ use crate::model::dit::{Dit, DitConfig};
 use crate::model::{Model, freeze::freeze, lora::adapt};
 use crate::vae::AutoencoderKl;
 use configs::{DiffusionConfig, LoraConfig, RunConfig};
-use data_loader::LatentDataset;
+use data_loader::{DatasetMeta, StreamSource};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -45,17 +45,33 @@ pub struct TrainRecipe {
 /// What makes a data set another one as far as a run is concerned.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DatasetRecord {
-    /// Rows.
+    /// Rows, of all sources together.
     pub rows: u64,
     /// `[channels, height, width]`.
     pub latent_shape: Vec<usize>,
-    /// What latents are multiplied by.
+    /// What latents are multiplied by; of a mix, those of its first source.
     pub scaling_factor: f64,
-    /// Digest of the VAE that made the latents.
+    /// Digest of the VAE that made the latents; of a mix, the first source's.
     pub vae_digest: Option<String>,
-    /// Digest of file names and row groups, which the order of rows depends on.
+    /// Digest of file names and row groups, which the order of rows depends on; not of a mix.
     #[serde(default)]
     pub layout_sha256: Option<String>,
+    /// The sources of a mix.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<SourceRecord>,
+}
+
+/// What makes a source of a mix another one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceRecord {
+    /// Rows.
+    pub rows: u64,
+    /// What its latents are multiplied by.
+    pub scaling_factor: f64,
+    /// Digest of the VAE that made them.
+    pub vae_digest: Option<String>,
+    /// Digest of file names and row groups.
+    pub layout_sha256: String,
 }
 
 /// Where the VAE is.
@@ -94,11 +110,16 @@ impl Recipe {
     /// # Errors
     /// [`RecipeError::Contradiction`] lists every key that contradicts the data set's metadata; those of
     /// [`Recipe::build_model`].
-    pub fn resolve(config: &RunConfig, dataset: &LatentDataset, scaling_factor: f64) -> Result<Self, RecipeError> {
+    pub fn resolve(config: &RunConfig, sources: &[StreamSource]) -> Result<Self, RecipeError> {
+        let Some(StreamSource { dataset, scaling_factor }) = sources.first() else {
+            return Err(RecipeError::Contradiction(vec!["no data set is given; set `data.url`".to_owned()]));
+        };
         let meta = dataset.meta();
-        let mut problems = Vec::new();
-        dataset.require_one_shape("this model")?;
-        dataset.require_labels("this model")?;
+        let mut problems = disagreements(sources);
+        for StreamSource { dataset, .. } in sources {
+            dataset.require_one_shape("this model")?;
+            dataset.require_labels("this model")?;
+        }
         let [channels, height, width] = meta.latent_shape[..] else {
             let problem =
                 format!("the data set's latents have shape {:?}; expected [channels, side, side]", meta.latent_shape);
@@ -121,10 +142,11 @@ impl Recipe {
             (wanted, found) => found.or(wanted).unwrap_or(1) as i64,
         };
         let m = &config.model;
+        let classes = sources.iter().find_map(|source| source.dataset.meta().num_classes);
         let model = DitConfig {
             input_size: settle("input_size", m.input_size, Some(height)),
             in_channels: settle("in_channels", m.in_channels, Some(channels)),
-            num_classes: settle("num_classes", m.num_classes, meta.num_classes),
+            num_classes: settle("num_classes", m.num_classes, classes),
             patch_size: m.patch_size as i64,
             hidden_size: m.hidden_size as i64,
             depth: m.depth as i64,
@@ -142,11 +164,12 @@ impl Recipe {
             model,
             diffusion: config.diffusion.clone(),
             dataset: DatasetRecord {
-                rows: meta.rows,
+                rows: sources.iter().map(|source| source.dataset.meta().rows).sum(),
                 latent_shape: meta.latent_shape.clone(),
-                scaling_factor,
+                scaling_factor: *scaling_factor,
                 vae_digest: meta.vae_digest.clone(),
-                layout_sha256: Some(dataset.layout_sha256()),
+                layout_sha256: config.data.mix.is_empty().then(|| dataset.layout_sha256()),
+                sources: config.data.mix.iter().zip(sources).map(|(_, source)| source_record(source)).collect(),
             },
             sample: SampleRecipe { vae: config.sample.vae.clone() },
             lora: config.lora.clone(),
@@ -261,6 +284,35 @@ impl Recipe {
         };
         if d.zero_terminal_snr { zero_terminal_snr(&betas) } else { betas }
     }
+}
+
+fn source_record(StreamSource { dataset, scaling_factor }: &StreamSource) -> SourceRecord {
+    let DatasetMeta { rows, vae_digest, .. } = dataset.meta().clone();
+    SourceRecord { rows, scaling_factor: *scaling_factor, vae_digest, layout_sha256: dataset.layout_sha256() }
+}
+
+/// What the sources of a mix must share and do not.
+fn disagreements(sources: &[StreamSource]) -> Vec<String> {
+    let mut problems = Vec::new();
+    let Some((first, others)) = sources.split_first() else { return problems };
+    let expected = first.dataset.meta();
+    for (number, other) in others.iter().enumerate() {
+        let (found, number) = (other.dataset.meta(), number + 1);
+        if found.latent_shape != expected.latent_shape {
+            problems.push(format!(
+                "latents of `data.mix[{number}]` have shape {:?}, those of `data.mix[0]` {:?}; all must have one",
+                found.latent_shape, expected.latent_shape
+            ));
+        }
+        if let (Some(found), Some(expected)) = (found.num_classes, expected.num_classes)
+            && found != expected
+        {
+            problems.push(format!(
+                "`data.mix[{number}]` has {found} classes, `data.mix[0]` {expected}; all must have the same"
+            ));
+        }
+    }
+    problems
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod evaluation;
 mod experiment;
 mod finetuning;
 mod interop;
+mod mixing;
 mod objectives;
 mod same_bits;
 mod sampling;

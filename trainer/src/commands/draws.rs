@@ -10,8 +10,8 @@
 //! ```
 
 use crate::diffusion::{Objective, Time};
+use crate::engine::data::{open_data, open_stream, row_order};
 use crate::engine::initial::{Initial, fresh};
-use crate::engine::rank::{open_data, open_stream};
 use crate::engine::stepper::Experiment;
 use crate::interop::safetensors::{write, write_weights};
 use crate::interop::values::{Dtype, TensorSpec, encode, to_vec};
@@ -60,11 +60,12 @@ pub fn draws(args: &DrawsArgs) -> Result<()> {
     if args.steps_per_file == 0 {
         bail!("--steps-per-file must be at least 1");
     }
-    let (dataset, recipe) = open_data(&config)?;
+    let (sources, recipe) = open_data(&config)?;
     let model = recipe.build_model()?;
     let block = LaneBlock::of(0, 1, config.train.lanes)?;
     let experiment = Experiment { seed: config.seed, lanes: config.train.lanes, block, device: Device::Cpu };
-    let (batches, _) = open_stream(&config, &recipe, Arc::new(dataset), &experiment, 0)?;
+    let order = row_order(&config, &sources)?;
+    let batches = open_stream(&config, &recipe, sources, &order, &experiment, 0)?;
 
     let out = |name: &str| args.out.join(name);
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;

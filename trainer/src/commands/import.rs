@@ -1,7 +1,7 @@
 //! `trainer import`: a run that goes on from someone else's weights.
 
 use crate::ema::Average;
-use crate::engine::rank::open_data;
+use crate::engine::data::open_data;
 use crate::interop::origin::Origin;
 use crate::interop::train_file::MOMENTS;
 use crate::model::ParamSpec;

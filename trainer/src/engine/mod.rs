@@ -4,6 +4,7 @@ pub mod agree;
 pub mod between;
 pub mod bucket;
 pub mod cache;
+pub mod data;
 pub mod drawer;
 pub mod due;
 pub mod fid;

@@ -3,7 +3,7 @@
 use super::agree::{Agreed, agree, decided_by_rank_0};
 use super::between::BetweenSteps;
 use super::bucket::Buckets;
-use super::cache::open_options;
+use super::data::{open_data, open_stream, row_order, warnings};
 use super::drawer::Drawer;
 use super::due::Timetable;
 use super::fid::Fid;
@@ -15,7 +15,7 @@ use super::start::{Initialised, load_initial, record_origin, resume};
 use super::stepper::{Experiment, Stepper};
 use super::stop::{Grace, StopFlag};
 use super::validation::Validation;
-use crate::ffi::{self, batch_memory};
+use crate::ffi;
 use crate::recipe::Recipe;
 use crate::telemetry::Journal;
 use crate::validation::metric;
@@ -24,7 +24,7 @@ use checkpoint::{AttemptInfo, Retention, RunStore, StoreOptions};
 use collective::Collective;
 use configs::RunConfig;
 use configs::lanes::LaneBlock;
-use data_loader::{LatentDataset, MicroBatchStream, ScheduleOptions, StreamOptions, StreamSource};
+use data_loader::{MicroBatchStream, RowOrder, StreamSource};
 use serde_json::Value;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,8 +46,8 @@ pub struct Rank {
     pub resumed_from: Option<u64>,
     /// Where this start took its first weights from, and what is not as it was there.
     pub initialised: Option<Initialised>,
-    /// Steps of one pass over the data set.
-    pub steps_per_epoch: u64,
+    /// The order in which all ranks together read rows.
+    pub order: RowOrder,
     /// Where this rank computes.
     pub device: Device,
     /// This rank's micro-batches.
@@ -72,7 +72,7 @@ pub struct Rank {
 struct Prepared {
     recipe: Recipe,
     device: Device,
-    dataset: Arc<LatentDataset>,
+    sources: Vec<StreamSource>,
     block: LaneBlock,
     store: RunStore,
 }
@@ -87,7 +87,7 @@ impl Rank {
         let stop = StopFlag::install().context("installing signal handlers")?;
         let grace = limit_stop(&config, &stop, &collective)?;
         let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
-        let Prepared { recipe, device, dataset, block, store } = prepared;
+        let Prepared { recipe, device, sources, block, store } = prepared;
         let mut record = recipe.record(&config);
         compare_records(&*collective, &record)?;
         let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
@@ -133,8 +133,8 @@ impl Rank {
         }
 
         let done = resumed_from.unwrap_or(0);
-        let data = open_stream(&config, &recipe, dataset, &experiment, done);
-        let (batches, steps_per_epoch) = agree(&*collective, data)?;
+        let order = agree(&*collective, row_order(&config, &sources))?;
+        let batches = agree(&*collective, open_stream(&config, &recipe, sources, &order, &experiment, done))?;
         let is_first = collective.rank() == 0;
         let options = SaveOptions {
             attempt,
@@ -156,7 +156,7 @@ impl Rank {
             attempt,
             resumed_from,
             initialised,
-            steps_per_epoch,
+            order,
             device,
             batches,
             stepper,
@@ -177,24 +177,15 @@ impl Prepared {
         tch::set_num_interop_threads(1);
         ffi::set_deterministic()?;
         let device = choose_device(config.train.device, collective)?;
-        let (dataset, recipe) = open_data(config)?;
+        let (sources, recipe) = open_data(config)?;
+        for warning in warnings(&sources).iter().filter(|_| collective.rank() == 0) {
+            eprintln!("trainer: warning: {warning}");
+        }
         let upload_timeout = Duration::from_secs(config.checkpoint.upload_timeout_s);
         let options = StoreOptions { upload_timeout, ..StoreOptions::default() };
         let store = RunStore::open_with(&config.run.url, options).context("`run.url`")?;
-        Ok(Self { recipe, device, dataset: Arc::new(dataset), block, store })
+        Ok(Self { recipe, device, sources, block, store })
     }
-}
-
-/// Opens the data set of a config, which reads its metadata only, and settles what the config leaves to it.
-///
-/// # Errors
-/// A data set that cannot be read or contradicts the config.
-pub fn open_data(config: &RunConfig) -> Result<(LatentDataset, Recipe)> {
-    let options = open_options(config, config.data.url.iter())?;
-    let dataset = LatentDataset::open_all(config.data.url.iter(), &options).context("`data.url`")?;
-    let scaling_factor = dataset.scaling_factor(config.data.scaling_factor)?;
-    let recipe = Recipe::resolve(config, &dataset, scaling_factor)?;
-    Ok((dataset, recipe))
 }
 
 /// Refuses to start unless all ranks have read the same config and found the same files.
@@ -249,30 +240,4 @@ fn retention(config: &RunConfig) -> Retention {
         keep_every: checkpoint.keep_every,
         keep_best: (checkpoint.keep_best > 0).then(|| (checkpoint.keep_best, metric(&checkpoint.best_metric))),
     }
-}
-
-/// This rank's micro-batches from after step `done` on, and the steps of an epoch.
-pub(crate) fn open_stream(
-    config: &RunConfig,
-    recipe: &Recipe,
-    dataset: Arc<LatentDataset>,
-    experiment: &Experiment,
-    done: u64,
-) -> Result<(MicroBatchStream, u64)> {
-    let schedule = dataset.schedule(ScheduleOptions {
-        seed: config.seed,
-        lanes: config.train.lanes,
-        micro_batch: config.train.micro_batch,
-        range_rows: config.data.range_rows as usize,
-        shuffle_window_rows: config.data.shuffle_window_rows as usize,
-    })?;
-    let steps_per_epoch = schedule.steps_per_epoch();
-    let prefetch_bytes = config.data.prefetch_bytes as usize;
-    let (scaling_factor, num_classes) = (recipe.dataset.scaling_factor, Some(recipe.model.num_classes as usize));
-    let (flip, allocator) = (config.data.flip, batch_memory(experiment.device));
-    let options = StreamOptions { prefetch_bytes, flip, num_classes, allocator };
-    let sources = vec![StreamSource { dataset, scaling_factor }];
-    let stream =
-        MicroBatchStream::start(sources, schedule, experiment.block.range(), done, config.train.steps, options)?;
-    Ok((stream, steps_per_epoch))
 }

@@ -172,7 +172,7 @@ impl Meter {
         rank.tell(|rank| Event::Step {
             step,
             steps,
-            epoch: step / rank.steps_per_epoch,
+            epoch: step / rank.order.steps_per_epoch(),
             loss: report.loss,
             mse: part("mse").unwrap_or(report.loss),
             vb: part("vb"),
@@ -181,6 +181,7 @@ impl Meter {
             images_per_s,
             data_wait_share: data_wait / elapsed,
             eta_s: (steps - step) as f64 * elapsed / made as f64,
+            rows_read: if rank.order.sources() > 1 { rank.order.rows_read(step) } else { Vec::new() },
             mfu: (peak > 0.0).then(|| flop_per_s / peak),
             time: now(),
         })?;

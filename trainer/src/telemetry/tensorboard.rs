@@ -106,7 +106,20 @@ impl TensorBoard {
 /// The step and the curves' points that an event has, by tag.
 fn scalars(event: &Event) -> (u64, Vec<(String, f64)>) {
     match event {
-        Event::Step { step, epoch, loss, mse, vb, lr, grad_norm, images_per_s, data_wait_share, mfu, .. } => {
+        Event::Step {
+            step,
+            epoch,
+            loss,
+            mse,
+            vb,
+            lr,
+            grad_norm,
+            images_per_s,
+            data_wait_share,
+            mfu,
+            rows_read,
+            ..
+        } => {
             let scalars = [
                 ("loss/total", Some(*loss)),
                 ("loss/mse", Some(*mse)),
@@ -118,7 +131,9 @@ fn scalars(event: &Event) -> (u64, Vec<(String, f64)>) {
                 ("throughput/mfu", *mfu),
                 ("progress/epoch", Some(*epoch as f64)),
             ];
-            (*step, scalars.into_iter().filter_map(|(tag, value)| Some((tag.to_owned(), value?))).collect())
+            let of_source = |(source, rows): (usize, &u64)| (format!("data/rows_of_source_{source}"), *rows as f64);
+            let scalars = scalars.into_iter().filter_map(|(tag, value)| Some((tag.to_owned(), value?)));
+            (*step, scalars.chain(rows_read.iter().enumerate().map(of_source)).collect())
         }
         Event::Validation { step, weights, loss, parts, bins, .. } => {
             let mut scalars = vec![(loss_metric(weights), *loss)];
