@@ -19,6 +19,9 @@ impl Display for Event {
                 changes.iter().try_for_each(|change| write!(f, "\n  {change}"))
             }
             Event::Step { step, steps, .. } => write!(f, "step {step}/{steps}  {}", self.rates()),
+            Event::Replaced { step, file, row_group, rows, reason, .. } => {
+                write!(f, "replaced: from step {step} on, {rows} rows of {file} (row group {row_group}): {reason}")
+            }
             Event::Checkpoint { step, url, .. } => write!(f, "checkpoint: step {step} committed, {url}"),
             Event::CheckpointSkipped { step, under_way, .. } => {
                 write!(f, "checkpoint: step {step} skipped, that of step {under_way} is still on its way")

@@ -80,6 +80,23 @@ pub enum Event {
         /// When.
         time: f64,
     },
+    /// All ranks have agreed to read other rows in place of those of a broken row group.
+    Replaced {
+        /// The first step at which it made a difference.
+        step: u64,
+        /// The number of the data set in the mix, else 0.
+        source: usize,
+        /// The file, redacted.
+        file: String,
+        /// The row group in the file.
+        row_group: usize,
+        /// Its rows.
+        rows: u64,
+        /// What is wrong with it.
+        reason: String,
+        /// When.
+        time: f64,
+    },
     /// A checkpoint was committed.
     Checkpoint {
         /// Its step.

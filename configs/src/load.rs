@@ -196,12 +196,32 @@ fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
         prefetch_bytes: r.integer("data.prefetch_bytes", 1..=ANY, 64 << 20),
         flip: r.flag_or_choice("data.flip", [Flip::Never, Flip::Stored], &[("latent", Flip::Latent)]),
         columns,
+        on_broken: r.choice(
+            "data.on_broken",
+            &[("fail", OnBroken::Fail), ("skip", OnBroken::Skip)],
+            OnBroken::default(),
+        ),
+        skip_budget_rows: r.optional_integer("data.skip_budget_rows", 1..=ANY),
         scaling_factor,
     }
 }
 
 /// One data set or several.
-fn check_data(r: &mut Reader) {
+fn check_data(r: &mut Reader, data: &DataConfig) {
+    let skips = data.on_broken == OnBroken::Skip;
+    if skips && data.skip_budget_rows.is_none() && r.sound(&["data.skip_budget_rows"]) {
+        r.refuse(
+            "data.on_broken",
+            "has no budget",
+            "set data.skip_budget_rows to the most rows that may lie in broken row groups",
+        );
+    } else if !skips && r.given("data.skip_budget_rows") && r.sound(&["data.on_broken", "data.skip_budget_rows"]) {
+        r.refuse(
+            "data.skip_budget_rows",
+            "means nothing where a broken row group ends the run",
+            "set data.on_broken = \"skip\", or remove it",
+        );
+    }
     match (r.given("data.url"), r.given("data.mix")) {
         (false, false) => r.require(
             "data.url",
@@ -319,7 +339,7 @@ fn check(r: &mut Reader, c: &RunConfig) {
     if c.reduction == Reduction::Fast {
         r.refuse("reduction", "is not built yet", "use \"invariant\"");
     }
-    check_data(r);
+    check_data(r, &c.data);
     check_model(r, &c.model);
     diffusion::check(r, &c.diffusion);
     if r.sound(&["train.lanes"]) && !c.train.lanes.is_power_of_two() {

@@ -217,6 +217,16 @@ scaling_factor = 0.25
 }
 
 #[test]
+fn skipping_needs_a_budget_and_a_budget_skipping() {
+    let data = load(SMALL, &["data.on_broken=skip", "data.skip_budget_rows=100"]).unwrap().data;
+    assert_eq!((data.on_broken, data.skip_budget_rows), (OnBroken::Skip, Some(100)));
+    assert!(load(SMALL, &[]).unwrap().to_json()["data"].get("on_broken").is_none());
+    assert!(mistake(&["data.on_broken=skip"]).advice.contains("data.skip_budget_rows"));
+    assert_eq!(mistake(&["data.skip_budget_rows=5"]).key, "data.skip_budget_rows");
+    assert_eq!(mistake(&["data.on_broken=skip", "data.skip_budget_rows=0"]).problem, "is out of range");
+}
+
+#[test]
 fn groups_are_read_one_by_one_and_their_mistakes_are_named_by_number() {
     let groups = r#"
 [[optimizer.groups]]

@@ -22,13 +22,15 @@ impl std::fmt::Display for KeyChange {
 /// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on, where
 /// it came from and what is reported, not what is computed. The preset is only a name for dimensions, which are compared
 /// themselves.
-const FREE: [&str; 15] = [
+const FREE: [&str; 17] = [
     "run.",
     "init",
     "init.",
     "data.url",
     "data.prefetch_bytes",
     "cache.",
+    "data.on_broken",
+    "data.skip_budget_rows",
     "model.preset",
     "train.device",
     "checkpoint.",

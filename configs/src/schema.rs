@@ -96,8 +96,26 @@ pub struct DataConfig {
     pub columns: Columns,
     /// Mirror with probability one half.
     pub flip: Flip,
+    /// What becomes of a row group that cannot be used.
+    #[serde(skip_serializing_if = "is_default")]
+    pub on_broken: OnBroken,
+    /// With [`OnBroken::Skip`], most rows that may lie in broken row groups. At least 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip_budget_rows: Option<u64>,
     /// Factor that stored latents are multiplied with; must equal the data set's metadata if that has one. Above 0.
     pub scaling_factor: Option<f64>,
+}
+
+/// `data.on_broken`: what becomes of a row group that cannot be decoded, or holds numbers that are not finite or labels that
+/// are no classes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBroken {
+    /// The run stops when it gets there.
+    #[default]
+    Fail,
+    /// Rows of sound row groups are read in place of its own, and the run says so.
+    Skip,
 }
 
 /// `[[data.mix]]`: one of several data sets that rows are drawn from.

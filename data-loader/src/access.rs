@@ -50,12 +50,20 @@ pub(crate) fn into_parquet(error: ReadError) -> ParquetError {
     ParquetError::External(Box::new(error))
 }
 
-/// The reader's error that came through the parquet reader, or what `otherwise` makes of the parquet reader's own words.
-pub(crate) fn out_of_parquet(error: ParquetError, otherwise: impl FnOnce(String) -> DataError) -> DataError {
+/// The error of a store or its reader that came through the parquet reader, or what `otherwise` makes of the parquet
+/// reader's own words about `file`.
+pub(crate) fn out_of_parquet(
+    error: ParquetError,
+    file: &str,
+    otherwise: impl FnOnce(String) -> DataError,
+) -> DataError {
     match error {
         ParquetError::External(source) => match source.downcast::<ReadError>() {
             Ok(error) => DataError::Remote(*error),
-            Err(source) => otherwise(source.to_string()),
+            Err(source) => match source.downcast::<object_store::Error>() {
+                Ok(source) => DataError::Store { file: file.to_owned(), source: *source },
+                Err(source) => otherwise(source.to_string()),
+            },
         },
         error => otherwise(error.to_string()),
     }

@@ -393,6 +393,22 @@ impl LatentDataset {
             .map_or(Ok(()), Err)
     }
 
+    /// Refuses numbers that are not finite.
+    pub(crate) fn check_finite(&self, block: &RowBlock) -> Result<(), DataError> {
+        let mut latent = Vec::new();
+        for column in 0..block.latent_columns() {
+            for (index, &row) in block.rows().iter().enumerate() {
+                latent.resize(block.latent_numel(index), 0.0);
+                block.latent(column, index, &mut latent);
+                if let Some(at) = latent.iter().position(|x| !x.is_finite()) {
+                    let found = format!("{} at position {at}", latent[at]);
+                    return Err(self.row_error(row, self.latent_column(column), found, "finite numbers".into()));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The error of a label that is no class.
     pub(crate) fn label_error(&self, row: u64, label: i64, classes: usize) -> Option<DataError> {
         let is_class = usize::try_from(label).is_ok_and(|label| label < classes);

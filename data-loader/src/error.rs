@@ -127,6 +127,19 @@ pub enum DataError {
         /// The value there.
         expected: String,
     },
+    /// More rows are broken than may be replaced.
+    #[error(
+        "{rows} rows lie in broken row groups, but `data.skip_budget_rows` = {budget_rows}: {}; replace the files, or raise the budget",
+        .evidence.join("; ")
+    )]
+    TooMuchDamage {
+        /// Rows of all broken row groups.
+        rows: u64,
+        /// Most that were allowed.
+        budget_rows: u64,
+        /// Each row group and what is wrong with it.
+        evidence: Vec<String>,
+    },
     /// The schedule cannot be made.
     #[error("the rows cannot be dealt to lanes: {0}")]
     Schedule(String),
@@ -184,6 +197,11 @@ impl DataError {
         };
         let mut errors: Vec<DataError> = errors.into_iter().flat_map(each).collect();
         if errors.len() == 1 { errors.remove(0) } else { DataError::Several(errors) }
+    }
+
+    /// Whether the data are damaged, as opposed to out of reach or asked for wrongly. Bytes that make the reader panic are.
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(self, Self::RowGroup { .. } | Self::Row { .. } | Self::Panicked { .. })
     }
 
     /// The error of a caught panic.

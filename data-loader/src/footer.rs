@@ -64,7 +64,7 @@ impl Footer {
             .catch_unwind()
             .await
             .map_err(|payload| DataError::panicked(&file.name, &*payload))?
-            .map_err(|error| out_of_parquet(error, damaged))?;
+            .map_err(|error| out_of_parquet(error, &file.name, damaged))?;
         for (index, group) in metadata.metadata().row_groups().iter().enumerate() {
             if group.num_rows() < 0 {
                 return Err(damaged(format!("row group {index} claims {} rows", group.num_rows())));

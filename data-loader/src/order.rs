@@ -278,13 +278,15 @@ impl RowOrder {
         let order = memo.epoch_order(pick.part, part, epoch);
         let row = |inside: &u32| part.row(order.row(first + u64::from(*inside)));
         let rows = inside[(position - window.start) as usize..].iter().map(row).collect();
-        WindowRows { positions: pick.position..pick.position + (window.end - position), rows }
+        WindowRows { epoch, positions: pick.position..pick.position + (window.end - position), rows }
     }
 }
 
 /// Rows of a shuffle window in the order in which they are read.
 #[derive(Debug)]
 pub(crate) struct WindowRows {
+    /// The part's epoch.
+    pub epoch: u64,
     /// Positions in the lane's walk.
     pub positions: Range<u64>,
     /// The data set row of each.
@@ -292,7 +294,8 @@ pub(crate) struct WindowRows {
 }
 
 impl Part {
-    fn row(&self, of_schedule: u64) -> u64 {
+    /// The data set row of one of the schedule's.
+    pub fn row(&self, of_schedule: u64) -> u64 {
         self.rows.as_ref().map_or(of_schedule, |rows| rows[of_schedule as usize])
     }
 }

@@ -179,8 +179,10 @@ impl LatentDataset {
             reason,
         };
         let batches: Vec<RecordBatch> = match stream {
-            Ok(stream) => stream.try_collect().await.map_err(|error| out_of_parquet(error, failed))?,
-            Err(error) => return Err(out_of_parquet(error, failed)),
+            Ok(stream) => {
+                stream.try_collect().await.map_err(|error| out_of_parquet(error, &footer.file.name, failed))?
+            }
+            Err(error) => return Err(out_of_parquet(error, &footer.file.name, failed)),
         };
         let found: usize = batches.iter().map(RecordBatch::num_rows).sum();
         if found as u64 != rows {

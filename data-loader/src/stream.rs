@@ -17,7 +17,7 @@ use crate::RowBlock;
 use crate::draws::{Key, Purpose, fill_normal};
 use crate::fixed::add_posterior_noise;
 use crate::order::{Memo, Pick};
-use crate::{DataError, Dtype, Flip, LatentDataset, RowOrder, RowRun};
+use crate::{BrokenGroup, Damage, DataError, Dtype, Flip, LatentDataset, RowOrder, RowRun};
 
 mod buffers;
 
@@ -62,6 +62,8 @@ pub struct MicroBatch {
     pub rows: Vec<u64>,
     /// The numbers of the sources of the rows `[micro_batch]`.
     pub sources: Vec<u32>,
+    /// The broken row groups whose rows would be here, had they not been replaced.
+    pub broken: Vec<Arc<BrokenGroup>>,
 }
 
 impl MicroBatch {
@@ -69,7 +71,7 @@ impl MicroBatch {
     pub fn of(step: u64, lane: usize, x_start: &[f32], labels: Vec<i64>) -> Self {
         let (rows, sources) = (vec![0; labels.len()], vec![0; labels.len()]);
         let latent_shape = vec![x_start.len() / labels.len().max(1)];
-        Self { step, lane, x_start: x_start.into(), latent_shape, labels, rows, sources }
+        Self { step, lane, x_start: x_start.into(), latent_shape, labels, rows, sources, broken: Vec::new() }
     }
 }
 
@@ -112,12 +114,10 @@ impl Shared {
 }
 
 impl MicroBatchStream {
-    /// Starts to read the micro-batches of `lanes` for steps `first_step .. end_step`. Nothing that earlier steps read is
-    /// read.
+    /// As [`MicroBatchStream::start_skipping`], where damage is an error.
     ///
     /// # Errors
-    /// If the order is of other data sets, the sources do not go together, a lane does not exist, or flips are asked for
-    /// and not stored.
+    /// As there.
     pub fn start(
         sources: Vec<StreamSource>,
         order: impl Into<RowOrder>,
@@ -126,7 +126,24 @@ impl MicroBatchStream {
         end_step: u64,
         options: StreamOptions,
     ) -> Result<Self, DataError> {
-        let order = order.into();
+        Self::start_skipping(sources, order, lanes, first_step..end_step, options, None)
+    }
+
+    /// Starts to read the micro-batches of `lanes` for `steps`, with other rows for those of broken row groups where `damage` says
+    /// how. Nothing that earlier steps read is read.
+    ///
+    /// # Errors
+    /// If the order is of other data sets, the sources do not go together, a lane does not exist, or flips are asked for
+    /// and not stored.
+    pub fn start_skipping(
+        sources: Vec<StreamSource>,
+        order: impl Into<RowOrder>,
+        lanes: Range<usize>,
+        steps: Range<u64>,
+        options: StreamOptions,
+        damage: Option<Arc<Damage>>,
+    ) -> Result<Self, DataError> {
+        let (order, end_step) = (order.into(), steps.end);
         check(&sources, &order, &lanes, &options)?;
         let shared = Arc::new(Shared::default());
         let (stop, stopped) = watch::channel(false);
@@ -139,6 +156,7 @@ impl MicroBatchStream {
             order,
             readers,
             options,
+            damage,
             shared: shared.clone(),
             stopped,
             memo: Memo::default(),
@@ -149,7 +167,7 @@ impl MicroBatchStream {
         let thread = std::thread::Builder::new().name("latents-reader".into()).spawn({
             let (shared, name) = (shared.clone(), name.clone());
             move || {
-                let outcome = catch_unwind(AssertUnwindSafe(move || producer.run(first_step..end_step)));
+                let outcome = catch_unwind(AssertUnwindSafe(move || producer.run(steps)));
                 finish(&shared, outcome, &name);
             }
         });
@@ -252,6 +270,15 @@ fn check(
                 expected.latent_shape
             ));
         }
+        if found.labels != expected.labels {
+            let has = |labels: bool| if labels { "have labels" } else { "have none" };
+            return refuse(format!(
+                "rows {}, but those of {} {}; data sets of one mix must agree",
+                has(found.labels),
+                first.dataset.name(),
+                has(expected.labels)
+            ));
+        }
         if !order.has_buckets() {
             dataset.require_one_shape("a micro-batch")?;
         }
@@ -276,6 +303,7 @@ struct Producer {
     order: RowOrder,
     readers: Vec<LaneReader>,
     options: StreamOptions,
+    damage: Option<Arc<Damage>>,
     shared: Arc<Shared>,
     stopped: watch::Receiver<bool>,
     memo: Memo,
@@ -297,6 +325,8 @@ struct Window {
     /// Position `positions.start + i` reads row `slots[i]` of the block.
     slots: Vec<u32>,
     block: RowBlock,
+    /// Indices into `slots` of rows that stand in for those of broken row groups.
+    replaced: Vec<(u32, Arc<BrokenGroup>)>,
 }
 
 impl Window {
@@ -335,20 +365,30 @@ impl Producer {
             if windows.iter().any(|window| window.positions.contains(&pick.position)) {
                 continue;
             }
-            let wanted = self.order.window(&mut self.memo, *lane, pick);
-            let (runs, slots) = gather(&wanted.rows);
-            let (dataset, stopped) = (&self.sources[self.order.part(pick.part).source].dataset, &mut self.stopped);
-            let block = dataset.io.block_on(async {
+            let mut wanted = self.order.window(&mut self.memo, *lane, pick);
+            let part = self.order.part(pick.part);
+            let (dataset, stopped) = (&self.sources[part.source].dataset, &mut self.stopped);
+            let read = async {
+                let replaced = match &self.damage {
+                    Some(damage) => {
+                        damage.settle(dataset, pick.part, part, self.options.num_classes, &mut wanted).await?
+                    }
+                    None => Vec::new(),
+                };
+                let (runs, slots) = gather(&wanted.rows);
+                Ok::<_, DataError>((replaced, slots, dataset.read_runs(&runs, false).await?))
+            };
+            let read = dataset.io.block_on(async {
                 tokio::select! {
-                    block = dataset.read_runs(&runs, false) => Some(block),
+                    read = read => Some(read),
                     // Also when the sender is gone.
                     _ = stopped.wait_for(|stop| *stop) => None,
                 }
             });
-            let Some(block) = block else { return Ok(false) };
-            let block = block?;
+            let Some(read) = read else { return Ok(false) };
+            let (replaced, slots, block) = read?;
             dataset.check_labels(&block, self.options.num_classes)?;
-            windows.push_back(Window { positions: wanted.positions, slots, block });
+            windows.push_back(Window { positions: wanted.positions, slots, block, replaced });
         }
         Ok(true)
     }
@@ -385,7 +425,7 @@ impl Producer {
         batch.3.clear();
         batch.3.extend_from_slice(latent_shape);
         let (labels, rows, sources, latent_shape) = batch;
-        Ok(MicroBatch { step, lane, x_start, latent_shape, labels, rows, sources })
+        Ok(MicroBatch { step, lane, x_start, latent_shape, labels, rows, sources, broken: Vec::new() })
     }
 
     /// Makes a micro-batch of loaded rows: a pure function of the rows, the seed, the step and the lane.
@@ -444,6 +484,12 @@ impl Producer {
                         add_posterior_noise(x, &logvar, &eps[i * numel..]);
                     }
                     x.iter_mut().for_each(|x| *x *= *scaling_factor as f32);
+                }
+            }
+            let of_row = |(of, _): &&(u32, _)| u64::from(*of) == pick.position - window.positions.start;
+            for (_, broken) in window.replaced.iter().filter(of_row) {
+                if !batch.broken.contains(broken) {
+                    batch.broken.push(broken.clone());
                 }
             }
             batch.labels.extend(block.labels().get(at));

@@ -207,6 +207,7 @@ impl Watch {
             Event::Init { .. }
             | Event::CheckpointSkipped { .. }
             | Event::Step { .. }
+            | Event::Replaced { .. }
             | Event::Sample { .. }
             | Event::Validation { .. }
             | Event::Scores { .. }

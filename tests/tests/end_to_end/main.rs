@@ -5,6 +5,7 @@ mod averages;
 mod bad_input;
 mod checkpoints;
 mod crashes;
+mod damage;
 mod evaluation;
 mod experiment;
 mod finetuning;

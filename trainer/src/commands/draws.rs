@@ -10,7 +10,8 @@
 //! ```
 
 use crate::diffusion::{Objective, Time};
-use crate::engine::data::{open_data, open_stream, row_order};
+use crate::engine::data::{Data, damage_policy, open_data, row_order, skip_budget};
+use crate::engine::decisions::DecisionLog;
 use crate::engine::initial::{Initial, fresh};
 use crate::engine::stepper::Experiment;
 use crate::interop::safetensors::{write, write_weights};
@@ -65,7 +66,10 @@ pub fn draws(args: &DrawsArgs) -> Result<()> {
     let block = LaneBlock::of(0, 1, config.train.lanes)?;
     let experiment = Experiment { seed: config.seed, lanes: config.train.lanes, block, device: Device::Cpu };
     let order = row_order(&config, &sources)?;
-    let batches = open_stream(&config, &recipe, sources, &order, &experiment, 0)?;
+    let num_classes = recipe.model.num_classes as usize;
+    let data = Data { sources, order, num_classes, experiment };
+    let damage = damage_policy(&config, &DecisionLog::read(None, skip_budget(&config))?);
+    let batches = data.open_stream(&config, damage, 0)?;
 
     let out = |name: &str| args.out.join(name);
     std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;

@@ -43,7 +43,7 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
 
 /// Whether all ranks came to this error together, after agreeing on what happened.
 fn is_agreed(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(StepError::NonFinite { .. }))
+    matches!(error.downcast_ref(), Some(StepError::NonFinite { .. } | StepError::TooMuchDamage { .. }))
         || error.is::<SaveFailed>()
         || error.is::<Agreed>()
 }

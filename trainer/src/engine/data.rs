@@ -1,13 +1,15 @@
 //! What a run reads: its data sets, and this rank's micro-batches of them.
 
 use super::cache::open_options;
+use super::decisions::DecisionLog;
 use super::stepper::Experiment;
 use crate::ffi::batch_memory;
 use crate::recipe::Recipe;
 use anyhow::{Context, Result};
-use configs::RunConfig;
+use configs::{OnBroken, RunConfig};
 use data_loader::{
-    LatentDataset, MicroBatchStream, MixedSource, OpenOptions, RowOrder, ScheduleOptions, StreamOptions, StreamSource,
+    BrokenGroup, Damage, LatentDataset, MicroBatchStream, MixedSource, OpenOptions, RowOrder, ScheduleOptions,
+    StreamOptions, StreamSource,
 };
 use std::sync::Arc;
 
@@ -71,24 +73,45 @@ pub fn row_order(config: &RunConfig, sources: &[StreamSource]) -> Result<RowOrde
     Ok(RowOrder::mixed(options, &mixed)?)
 }
 
-/// This rank's micro-batches from after step `done` on.
-///
-/// # Errors
-/// As [`MicroBatchStream::start`].
-pub fn open_stream(
-    config: &RunConfig,
-    recipe: &Recipe,
-    sources: Vec<StreamSource>,
-    order: &RowOrder,
-    experiment: &Experiment,
-    done: u64,
-) -> Result<MicroBatchStream> {
-    let options = StreamOptions {
-        prefetch_bytes: config.data.prefetch_bytes as usize,
-        flip: config.data.flip,
-        num_classes: Some(recipe.model.num_classes as usize),
-        allocator: batch_memory(experiment.device),
-    };
-    let lanes = experiment.block.range();
-    Ok(MicroBatchStream::start(sources, order.clone(), lanes, done, config.train.steps, options)?)
+/// What this rank's micro-batches are made from.
+pub struct Data {
+    /// The data sets.
+    pub sources: Vec<StreamSource>,
+    /// The order in which all ranks together read rows.
+    pub order: RowOrder,
+    /// Labels lie below it.
+    pub num_classes: usize,
+    /// This rank's lanes and device.
+    pub experiment: Experiment,
+}
+
+impl Data {
+    /// This rank's micro-batches from after step `done` on.
+    ///
+    /// # Errors
+    /// As [`MicroBatchStream::start_skipping`].
+    pub fn open_stream(&self, config: &RunConfig, damage: Option<Arc<Damage>>, done: u64) -> Result<MicroBatchStream> {
+        let options = StreamOptions {
+            prefetch_bytes: config.data.prefetch_bytes as usize,
+            flip: config.data.flip,
+            num_classes: Some(self.num_classes),
+            allocator: batch_memory(self.experiment.device),
+        };
+        let (sources, order, lanes) = (self.sources.clone(), self.order.clone(), self.experiment.block.range());
+        let steps = done..config.train.steps;
+        Ok(MicroBatchStream::start_skipping(sources, order, lanes, steps, options, damage)?)
+    }
+}
+
+/// What the stream is to do about damage, given what the run has agreed on so far.
+pub fn damage_policy(config: &RunConfig, decisions: &DecisionLog) -> Option<Arc<Damage>> {
+    let budget_rows = skip_budget(config);
+    let known: Vec<BrokenGroup> = decisions.broken().cloned().collect();
+    let needed = budget_rows.is_some() || !known.is_empty();
+    needed.then(|| Arc::new(Damage::new(config.seed, budget_rows, known)))
+}
+
+/// Most rows of broken row groups; `None`: there must be none.
+pub fn skip_budget(config: &RunConfig) -> Option<u64> {
+    config.data.skip_budget_rows.filter(|_| config.data.on_broken == OnBroken::Skip)
 }

@@ -5,6 +5,7 @@ pub mod between;
 pub mod bucket;
 pub mod cache;
 pub mod data;
+pub mod decisions;
 pub mod drawer;
 pub mod due;
 pub mod fid;

@@ -3,7 +3,8 @@
 use super::agree::{Agreed, agree, decided_by_rank_0};
 use super::between::BetweenSteps;
 use super::bucket::Buckets;
-use super::data::{open_data, open_stream, row_order, warnings};
+use super::data::{Data, damage_policy, open_data, row_order, skip_budget, warnings};
+use super::decisions::DecisionLog;
 use super::drawer::Drawer;
 use super::due::Timetable;
 use super::fid::Fid;
@@ -24,7 +25,7 @@ use checkpoint::{AttemptInfo, Retention, RunStore, StoreOptions};
 use collective::Collective;
 use configs::RunConfig;
 use configs::lanes::LaneBlock;
-use data_loader::{MicroBatchStream, RowOrder, StreamSource};
+use data_loader::{Damage, MicroBatchStream, StreamSource};
 use serde_json::Value;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,8 +47,10 @@ pub struct Rank {
     pub resumed_from: Option<u64>,
     /// Where this start took its first weights from, and what is not as it was there.
     pub initialised: Option<Initialised>,
-    /// The order in which all ranks together read rows.
-    pub order: RowOrder,
+    /// What micro-batches are made from.
+    pub data: Data,
+    /// What this rank knows about damaged data; `None` where damage ends the run.
+    pub damage: Option<Arc<Damage>>,
     /// Where this rank computes.
     pub device: Device,
     /// This rank's micro-batches.
@@ -133,8 +136,12 @@ impl Rank {
         }
 
         let done = resumed_from.unwrap_or(0);
+        let log = DecisionLog::read(manifest.as_ref().map(|manifest| &manifest.decision_log), skip_budget(&config));
+        stepper.decisions = agree(&*collective, log)?;
+        let damage = damage_policy(&config, &stepper.decisions);
         let order = agree(&*collective, row_order(&config, &sources))?;
-        let batches = agree(&*collective, open_stream(&config, &recipe, sources, &order, &experiment, done))?;
+        let data = Data { sources, order, num_classes: recipe.model.num_classes as usize, experiment };
+        let batches = agree(&*collective, data.open_stream(&config, damage.clone(), done))?;
         let is_first = collective.rank() == 0;
         let options = SaveOptions {
             attempt,
@@ -156,7 +163,8 @@ impl Rank {
             attempt,
             resumed_from,
             initialised,
-            order,
+            data,
+            damage,
             device,
             batches,
             stepper,

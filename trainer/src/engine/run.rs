@@ -11,6 +11,7 @@ use anyhow::Result;
 use configs::WhenBusy;
 use configs::events::{Event, now};
 use configs::location::redact;
+use data_loader::BrokenGroup;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
     for step in rank.resumed_from.unwrap_or(0) + 1..=steps {
         let signal = rank.timetable.signal(&rank.stop) | rank.saver.signal();
         let report = rank.stepper.step(step, &mut rank.batches, signal)?;
+        rank.pass_over(step, &report.replaced)?;
         let save = rank.timetable.due(step, &report.signals);
         let stop = save == Some(Due::Stop);
         let due = |every: u64| every > 0 && (step % every == 0 || step == steps);
@@ -127,6 +129,20 @@ impl Rank {
         self.announce(saved)
     }
 
+    /// Says which row groups were replaced for the first time. A rank that has taken one for sound, whose copy of the files
+    /// is another, reads again what it has read ahead.
+    fn pass_over(&mut self, step: u64, replaced: &[BrokenGroup]) -> Result<()> {
+        for group in replaced {
+            let BrokenGroup { source, file, row_group, rows, reason, .. } = group.clone();
+            self.tell(|_| Event::Replaced { step, source, file, row_group, rows, reason, time: now() })?;
+        }
+        if let Some(damage) = self.damage.as_ref().filter(|damage| !damage.adopt(replaced.iter().cloned())) {
+            let damage = Some(damage.clone());
+            self.batches = self.data.open_stream(&self.config, damage, step)?;
+        }
+        Ok(())
+    }
+
     fn announce(&mut self, saved: Option<Saved>) -> Result<()> {
         let Some(Saved { step, key }) = saved else { return Ok(()) };
         self.tell(|rank| {
@@ -172,7 +188,7 @@ impl Meter {
         rank.tell(|rank| Event::Step {
             step,
             steps,
-            epoch: step / rank.order.steps_per_epoch(),
+            epoch: step / rank.data.order.steps_per_epoch(),
             loss: report.loss,
             mse: part("mse").unwrap_or(report.loss),
             vb: part("vb"),
@@ -181,7 +197,7 @@ impl Meter {
             images_per_s,
             data_wait_share: data_wait / elapsed,
             eta_s: (steps - step) as f64 * elapsed / made as f64,
-            rows_read: if rank.order.sources() > 1 { rank.order.rows_read(step) } else { Vec::new() },
+            rows_read: if rank.data.order.sources() > 1 { rank.data.order.rows_read(step) } else { Vec::new() },
             mfu: (peak > 0.0).then(|| flop_per_s / peak),
             time: now(),
         })?;

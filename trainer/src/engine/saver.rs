@@ -166,7 +166,7 @@ impl Saver {
             step,
             optimizer_step: stepper.optimizer.updates,
             config: record.clone(),
-            decision_log: Value::Array(Vec::new()),
+            decision_log: stepper.decisions.to_json(),
             metrics,
             shards: Vec::new(),
         };

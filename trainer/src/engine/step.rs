@@ -37,6 +37,9 @@ impl<F: FnMut() -> Result<MicroBatch, DataError>> Batches for F {
     fn recycle(&mut self, _: MicroBatch) {}
 }
 
+/// Bit of a rank's step signal: rows of a broken row group were replaced that no log has yet.
+const REPLACED: u32 = 128;
+
 impl Stepper {
     /// Makes step `step` (which counts from 1) over this rank's lanes, one after the other. Every rank learns every
     /// rank's `signal`, so that all of them act on it after the same step.
@@ -65,7 +68,13 @@ impl Stepper {
         }
         let grads = self.reducer.finish(&*self.collective);
         let grads = self.wire(step, "reduce", grads)?;
-        let report = self.agree(step, &losses, &grads, data_wait, signal)?;
+        let broken: Vec<_> = used.iter().flat_map(|batch| batch.broken.iter().cloned()).collect();
+        let found = self.decisions.unknown(&broken);
+        let signal = signal | if found.is_empty() { 0 } else { REPLACED };
+        let mut report = self.agree(step, &losses, &grads, data_wait, signal)?;
+        if report.signals.iter().any(|signal| signal & REPLACED != 0) {
+            report.replaced = self.decide(step, &found)?;
+        }
         // `agree` has waited for the device.
         used.into_iter().for_each(|batch| batches.recycle(batch));
         let updated = self.optimizer.update(&self.buckets.0, &grads, step, report.grad_norm);

@@ -1,6 +1,7 @@
 //! What a rank needs to make steps, and the parts of a step that are not the step itself.
 
 use super::bucket::{Bucket, Buckets, slice, view_of};
+use super::decisions::DecisionLog;
 use super::optimizer::Optimizer;
 use super::reducer::Reducer;
 use super::tree::{LaneSum, sum_lanes};
@@ -11,7 +12,7 @@ use collective::{Collective, CollectiveError, Pending};
 use configs::lanes::LaneBlock;
 use configs::validation::MODEL_SECTION;
 use data_loader::draws::{Key, Purpose};
-use data_loader::{DataError, MicroBatch};
+use data_loader::{BrokenGroup, DataError, MicroBatch};
 use rand_distr::{Bernoulli, Distribution};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -62,6 +63,8 @@ pub struct Stepper {
     pub buckets: Buckets,
     /// The update rule.
     pub optimizer: Optimizer,
+    /// Exceptions that all ranks have agreed on.
+    pub decisions: DecisionLog,
     pub(super) collective: Arc<dyn Collective>,
     pub(super) experiment: Experiment,
     pub(super) sums: Vec<LaneSum>,
@@ -85,6 +88,8 @@ pub struct StepReport {
     pub data_wait: Duration,
     /// The signal of every rank, see [`Stepper::step`].
     pub signals: Vec<u32>,
+    /// The row groups whose rows were replaced at this step for the first time.
+    pub replaced: Vec<BrokenGroup>,
 }
 
 /// Why a step was not made. Except in phase `update`, weights, moments and EMA are those of the step before.
@@ -102,6 +107,8 @@ pub enum StepError {
          (`latents verify`); the run resumes from its last checkpoint"
     )]
     NonFinite { who: String, step: u64, what: String },
+    #[error("step {step}, phase data: {source}; nothing was updated, and the run resumes from its last checkpoint")]
+    TooMuchDamage { step: u64, source: Box<DataError> },
 }
 
 impl Stepper {
@@ -124,6 +131,7 @@ impl Stepper {
             objective,
             buckets,
             optimizer,
+            decisions: DecisionLog::default(),
             collective,
             experiment,
         }
@@ -191,7 +199,21 @@ impl Stepper {
             lr: self.optimizer.schedule.at(step),
             data_wait,
             signals: all.chunks(width).map(|rank| rank[width - 1] as u32).collect(),
+            replaced: Vec::new(),
         })
+    }
+
+    /// Lets all ranks record the broken row groups that any of them had to do with in this step, before what was computed
+    /// from the rows in their places is used. Gives those that are new.
+    pub(super) fn decide(&mut self, step: u64, found: &[BrokenGroup]) -> Result<Vec<BrokenGroup>, StepError> {
+        let unreadable = |error: serde_json::Error| self.cannot("gather_bytes", error.to_string());
+        let message = self.wire(step, "data", serde_json::to_vec(found).map_err(unreadable))?;
+        let all = self.wire(step, "data", self.collective.gather_bytes(&message))?;
+        let read = |message: &Vec<u8>| serde_json::from_slice::<Vec<BrokenGroup>>(message).map_err(unreadable);
+        let all = self.wire(step, "data", all.iter().map(read).collect::<Result<Vec<_>, _>>())?;
+        self.decisions
+            .record(step, all.into_iter().flatten())
+            .map_err(|source| StepError::TooMuchDamage { step, source: Box::new(source) })
     }
 
     /// Starts bringing every rank's updated shard of every bucket back to all ranks, in the order of the next forward.
@@ -281,7 +303,11 @@ impl Stepper {
     }
 
     fn cannot_gather(&self, reason: String) -> CollectiveError {
-        CollectiveError::Backend { rank: self.collective.rank(), op: "all_gather", reason }
+        self.cannot("all_gather", reason)
+    }
+
+    fn cannot(&self, op: &'static str, reason: String) -> CollectiveError {
+        CollectiveError::Backend { rank: self.collective.rank(), op, reason }
     }
 
     pub(super) fn data<T>(&self, step: u64, result: Result<T, DataError>) -> Result<T, StepError> {
