@@ -197,7 +197,7 @@ fn check_pages(dataset: &LatentDataset, group: &RowGroup, found: &mut Found) -> 
         let (start, length) = column.byte_range();
         let mut reader = ObjectReader(footer.file.clone());
         let read = dataset.io.block_on(reader.get_bytes(start..start + length));
-        let chunk = read.map_err(|error| out_of_parquet(error, damaged))?;
+        let chunk = read.map_err(|error| out_of_parquet(error, &footer.file.name, damaged))?;
         for (number, page) in pages(&chunk).enumerate() {
             let page = page.map_err(damaged)?;
             found.pages += 1;
