@@ -194,6 +194,7 @@ fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
         range_rows: r.integer("data.range_rows", 1..=COUNT, 256),
         shuffle_window_rows: r.integer("data.shuffle_window_rows", 1..=COUNT, 4096),
         prefetch_bytes: r.integer("data.prefetch_bytes", 1..=ANY, 64 << 20),
+        threads: r.integer("data.threads", 1..=256, 2),
         flip: r.flag_or_choice("data.flip", [Flip::Never, Flip::Stored], &[("latent", Flip::Latent)]),
         columns,
         on_broken: r.choice(

@@ -36,8 +36,8 @@ fn what_is_left_out_takes_the_documented_default() {
     assert_eq!(config.data.url.as_ref().unwrap().iter().collect::<Vec<_>>(), ["file:///data/a"]);
     assert_eq!((config.seed, config.reduction), (0, Reduction::Invariant));
     assert_eq!(
-        (config.data.range_rows, config.data.shuffle_window_rows, config.data.prefetch_bytes),
-        (256, 4096, 67_108_864)
+        (config.data.range_rows, config.data.shuffle_window_rows, config.data.prefetch_bytes, config.data.threads),
+        (256, 4096, 67_108_864, 2)
     );
     assert_eq!((config.model.mlp_ratio, config.model.class_dropout_prob, config.model.learn_sigma), (4.0, 0.1, true));
     assert_eq!((config.model.num_classes, config.model.input_size, config.model.in_channels), (None, None, None));

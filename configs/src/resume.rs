@@ -22,7 +22,7 @@ impl std::fmt::Display for KeyChange {
 /// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on, where
 /// it came from and what is reported, not what is computed. The preset is only a name for dimensions, which are compared
 /// themselves.
-const FREE: [&str; 17] = [
+const FREE: [&str; 18] = [
     "run.",
     "init",
     "init.",
@@ -31,6 +31,7 @@ const FREE: [&str; 17] = [
     "cache.",
     "data.on_broken",
     "data.skip_budget_rows",
+    "data.threads",
     "model.preset",
     "train.device",
     "checkpoint.",

@@ -92,6 +92,8 @@ pub struct DataConfig {
     pub shuffle_window_rows: u64,
     /// Bound of the read-ahead buffer of one rank, in bytes. At least 1; one micro-batch is always held.
     pub prefetch_bytes: u64,
+    /// Threads of one rank that read and decode, 1 to 256. Not part of the experiment: the rows are the same.
+    pub threads: u64,
     /// Names of the columns in the parquet files.
     pub columns: Columns,
     /// Mirror with probability one half.

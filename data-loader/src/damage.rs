@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::draws::{Key, Purpose};
 use crate::order::{Part, WindowRows};
+use crate::read::Want;
 use crate::{DataError, LatentDataset, RowRun};
 
 /// Bytes of latents that are decoded at a time to judge a row group.
@@ -189,7 +190,7 @@ async fn judge(
     let mut first_row = found.first_row;
     while first_row < end {
         let rows = (end - first_row).min(rows_at_once);
-        let read = dataset.read_runs(&[RowRun { first_row, rows }], false).await;
+        let read = dataset.read_runs(&[RowRun { first_row, rows }], Want::All).await;
         let checked = read.and_then(|block| {
             dataset.check_labels(&block, num_classes)?;
             dataset.check_finite(&block)

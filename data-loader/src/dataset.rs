@@ -10,6 +10,7 @@ use object_store::ObjectStore;
 use tokio::sync::OnceCell;
 
 use crate::bounds::check_row_groups;
+use crate::direct::Direct;
 use crate::footer::{Footer, Label, SHAPE, VAE_DIGEST, missing};
 use crate::form::{Dtype, Stored};
 use crate::layout::{needs_first_row, settle};
@@ -78,6 +79,8 @@ pub struct LatentDataset {
     has_shape_column: bool,
     /// Read when first asked for; there from the start where all rows have one shape.
     pub(crate) row_shapes: OnceCell<Arc<RowShapes>>,
+    /// The short way to the latents, where there is one.
+    pub(crate) direct: Option<Direct>,
     pub(crate) io: Io,
 }
 
@@ -239,11 +242,13 @@ impl LatentDataset {
             stored: Vec::new(),
             has_shape_column: false,
             row_shapes: OnceCell::new(),
+            direct: None,
             io,
         };
         dataset.settle_layout()?;
         let checked = dataset.files.iter().filter_map(|footer| check_row_groups(footer, dataset.meta.row_bytes).err());
         DataError::all(checked.collect())?;
+        dataset.direct = Direct::of(&dataset.files, dataset.row_groups.len(), &dataset.stored);
         Ok(dataset)
     }
 

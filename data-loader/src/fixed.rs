@@ -1,6 +1,7 @@
 //! Chosen rows as the model sees them, the same on every call: what held-out losses are measured on.
 
 use crate::draws::{Key, Purpose, fill_normal};
+use crate::read::Want;
 use crate::{DataError, LatentDataset, RowRun};
 
 /// Rows that are decoded at a time.
@@ -43,7 +44,7 @@ impl LatentDataset {
         let (mut x, mut logvar, mut eps) = (vec![0f32; numel], vec![0f32; numel], vec![0f32; numel]);
         for chunk in rows.chunks(ROWS_AT_ONCE) {
             let runs: Vec<RowRun> = chunk.iter().map(|&first_row| RowRun { first_row, rows: 1 }).collect();
-            let block = self.io.block_on(self.read_runs(&runs, false))?;
+            let block = self.io.block_on(self.read_runs(&runs, Want::All))?;
             self.check_labels(&block, Some(options.num_classes))?;
             for (index, &row) in chunk.iter().enumerate() {
                 block.latent(0, index, &mut x);

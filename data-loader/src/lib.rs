@@ -14,6 +14,7 @@ mod buckets;
 mod damage;
 mod dataset;
 mod decode;
+mod direct;
 pub mod draws;
 mod error;
 mod features;

@@ -32,6 +32,32 @@ pub(crate) struct Page {
     pub crc: Option<u32>,
     /// Values in it, nulls included.
     pub values: usize,
+    /// How a data page's bytes are arranged.
+    pub layout: Option<Layout>,
+}
+
+/// How levels and values lie in a data page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// Values are stored plainly.
+    pub plain: bool,
+    pub levels: Levels,
+}
+
+/// Where the levels are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Levels {
+    /// Version 1: each kind has its length in four bytes before it; `rle` if both are so encoded.
+    Prefixed { rle: bool },
+    /// Version 2: repetition levels, then definition levels.
+    Sized { repetition_bytes: usize, definition_bytes: usize },
+}
+
+/// The page that `bytes` begin with, as its header tells; its bytes need not be there.
+pub(crate) fn header(bytes: &[u8]) -> Option<Page> {
+    let mut input = Compact { bytes, at: 0 };
+    let header = Header::read(&mut input)?;
+    header.page(input.at)
 }
 
 /// The pages of a column chunk, one after the other; last, where the bytes are no whole page, an error that tells where.
@@ -68,8 +94,15 @@ struct Header {
     uncompressed: Option<i64>,
     compressed: Option<i64>,
     crc: Option<i64>,
-    values: Option<i64>,
+    /// Fields 1 to 6 of the struct that tells what this kind of page has of its own.
+    own: Numbers,
 }
+
+type Numbers = [Option<i64>; 6];
+
+/// `Encoding` of the format.
+const PLAIN: Option<i64> = Some(0);
+const RLE: Option<i64> = Some(3);
 
 impl Header {
     fn read(input: &mut Compact<'_>) -> Option<Self> {
@@ -82,9 +115,8 @@ impl Header {
                 2 => &mut header.uncompressed,
                 3 => &mut header.compressed,
                 4 => &mut header.crc,
-                // What each kind of page has of its own begins with the number of values.
                 5 | 7 | 8 if kind == STRUCT => {
-                    header.values = Some(input.first_number()?);
+                    header.own = input.numbers()?;
                     continue;
                 }
                 _ => {
@@ -108,8 +140,26 @@ impl Header {
             bytes: i32::try_from(self.compressed?).ok()?.try_into().ok()?,
             decoded_bytes: i32::try_from(self.uncompressed?).ok()?.try_into().ok()?,
             crc: self.crc.map(|crc| crc as u32),
-            values: i32::try_from(self.values.unwrap_or(0)).ok()?.try_into().ok()?,
+            // What each kind of page has of its own begins with the number of values.
+            values: i32::try_from(self.own[0].unwrap_or(0)).ok()?.try_into().ok()?,
+            layout: self.layout(),
         })
+    }
+
+    fn layout(&self) -> Option<Layout> {
+        let bytes = |number: Option<i64>| usize::try_from(number?).ok();
+        match (self.kind?, self.own) {
+            (0, [_, encoding, definition, repetition, ..]) => {
+                let rle = definition == RLE && repetition == RLE;
+                Some(Layout { plain: encoding == PLAIN, levels: Levels::Prefixed { rle } })
+            }
+            (3, [_, _, _, encoding, definition, repetition]) => {
+                let (repetition_bytes, definition_bytes) = (bytes(repetition)?, bytes(definition)?);
+                let levels = Levels::Sized { repetition_bytes, definition_bytes };
+                Some(Layout { plain: encoding == PLAIN, levels })
+            }
+            _ => None,
+        }
     }
 }
 
@@ -161,17 +211,18 @@ impl Compact<'_> {
         }
     }
 
-    /// Reads a struct to its end and gives its field 1, a number.
-    fn first_number(&mut self) -> Option<i64> {
-        let (mut id, mut number) = (0, None);
+    /// Reads a struct to its end and gives its fields 1 to 6, as far as they are numbers. The first must be there.
+    fn numbers(&mut self) -> Option<Numbers> {
+        let (mut id, mut numbers) = (0, Numbers::default());
         while let Some((field, kind)) = self.field(id)? {
             id = field;
-            match (field, kind) {
-                (1, 4..=6) => number = Some(self.zigzag()?),
+            let slot = usize::try_from(field - 1).ok().and_then(|at| numbers.get_mut(at));
+            match (slot, kind) {
+                (Some(slot), 4..=6) => *slot = Some(self.zigzag()?),
                 _ => self.skip(kind, MAX_DEPTH)?,
             }
         }
-        number
+        numbers[0].map(|_| numbers)
     }
 
     fn skip(&mut self, kind: u8, depth: usize) -> Option<()> {
@@ -280,6 +331,21 @@ pub(crate) mod tests {
         assert_eq!(&chunk[pages[0].start..][..pages[0].bytes], b"dictionary");
         assert_eq!((pages[1].bytes, pages[1].decoded_bytes, pages[1].crc), (300, 600, None));
         assert_eq!((pages[0].crc, pages[2].crc, pages[1].values), (Some(0xdead_beef), Some(1), 4));
+        assert_eq!(header(&chunk), Some(pages[0]));
+    }
+
+    #[test]
+    fn data_pages_of_both_versions_tell_where_levels_and_values_are() {
+        // Plain, both levels RLE; then with dictionary indexes.
+        let first = |encoding| [0x15, 0, 0x15, 8, 0x15, 8, 0x2c, 0x15, 8, 0x15, encoding, 0x15, 6, 0x15, 6, 0, 0];
+        let layout = |bytes: &[u8]| header(bytes).unwrap().layout;
+        let levels = Levels::Prefixed { rle: true };
+        assert_eq!(layout(&first(0)), Some(Layout { plain: true, levels }));
+        assert_eq!(layout(&first(16)), Some(Layout { plain: false, levels }));
+        // Values, nulls, rows, encoding, and the lengths: definition levels are named first and lie last.
+        let second = [0x15, 6, 0x15, 8, 0x15, 8, 0x5c, 0x15, 8, 0x15, 0, 0x15, 8, 0x15, 0, 0x15, 4, 0x15, 10, 0, 0];
+        let levels = Levels::Sized { repetition_bytes: 5, definition_bytes: 2 };
+        assert_eq!(layout(&second), Some(Layout { plain: true, levels }));
     }
 
     #[test]

@@ -121,6 +121,7 @@ proptest! {
                 let lanes = first_lane..first_lane + lanes_of_rank;
                 store.take_requests();
                 let of_stream = StreamOptions {
+                    threads: 2,
                     prefetch_bytes: 1 << 20, flip: Flip::Never, num_classes: Some(10), allocator: &PlainMemory,
                 };
                 let mut stream =

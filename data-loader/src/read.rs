@@ -25,6 +25,17 @@ const ROW_GROUPS_AT_ONCE: usize = 8;
 /// Rows that the parquet reader hands over at a time.
 const BATCH_ROWS: usize = 1024;
 
+/// Which columns a read wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    /// Latents and labels.
+    All,
+    /// Names as well.
+    WithIds,
+    /// All but latents.
+    Rest,
+}
+
 /// A part of a row group that a read wants, and where it goes.
 struct Piece {
     first_in_group: u64,
@@ -38,7 +49,7 @@ impl LatentDataset {
     /// # Errors
     /// If a row does not exist, cannot be read, is null or has the wrong length, or its label is no class.
     pub fn read(&self, runs: &[RowRun]) -> Result<RowBlock, DataError> {
-        let block = self.io.block_on(self.read_runs(runs, false))?;
+        let block = self.io.block_on(self.read_runs(runs, Want::All))?;
         self.check_labels(&block, None)?;
         Ok(block)
     }
@@ -46,7 +57,8 @@ impl LatentDataset {
     /// Reads one row group with the ids (if the column is there) and without checking the label's range.
     pub(crate) fn read_row_group(&self, group: &RowGroup) -> Result<RowBlock, DataError> {
         let with_ids = self.files[group.file].metadata.schema().column_with_name(&self.columns().id).is_some();
-        self.io.block_on(self.read_runs(&[RowRun { first_row: group.first_row, rows: group.rows }], with_ids))
+        let want = if with_ids { Want::WithIds } else { Want::All };
+        self.io.block_on(self.read_runs(&[RowRun { first_row: group.first_row, rows: group.rows }], want))
     }
 
     /// The latents and the shape of the first row of the data set.
@@ -89,7 +101,7 @@ impl LatentDataset {
     }
 
     /// Reads rows; of each row group only the pages that hold them, where the file has an offset index.
-    pub(crate) async fn read_runs(&self, runs: &[RowRun], with_ids: bool) -> Result<RowBlock, DataError> {
+    pub(crate) async fn read_runs(&self, runs: &[RowRun], want: Want) -> Result<RowBlock, DataError> {
         let mut wanted: BTreeMap<usize, Vec<Piece>> = BTreeMap::new();
         let mut rows = Vec::new();
         for run in runs {
@@ -117,7 +129,8 @@ impl LatentDataset {
             }
         }
         let shapes = self.load_shapes().await?;
-        let mut block = RowBlock::zeros(&self.stored, shapes, rows, self.meta().labels, with_ids);
+        let latents = if want == Want::Rest { &self.stored[..0] } else { &self.stored[..] };
+        let mut block = RowBlock::zeros(latents, shapes, rows, self.meta().labels, want == Want::WithIds);
         for (at, pieces) in &mut wanted {
             pieces.sort_by_key(|piece| piece.first_in_group);
             if let Some(pair) =
@@ -133,10 +146,12 @@ impl LatentDataset {
         let mut fetched = futures::stream::iter(&wanted)
             .map(|(&at, pieces)| async move {
                 let file = &self.files[self.row_groups()[at].file].file.name;
+                let (latents, ids) = (want != Want::Rest, want == Want::WithIds);
                 let names = self
                     .latent_names(at)
+                    .filter(|_| latents)
                     .chain([self.columns().label.as_str()])
-                    .chain(with_ids.then_some(self.columns().id.as_str()));
+                    .chain(ids.then_some(self.columns().id.as_str()));
                 let batches = AssertUnwindSafe(self.fetch(at, pieces, names)).catch_unwind().await;
                 (at, pieces, batches.unwrap_or_else(|payload| Err(DataError::panicked(file, &*payload))))
             })
@@ -217,7 +232,7 @@ impl LatentDataset {
             // Where each row's numbers begin in the batch.
             let from = Extents::of(shapes, &rows);
             let mut flats = Vec::with_capacity(self.stored.len());
-            for stored in &self.stored {
+            for stored in &self.stored[..block.latents.len()] {
                 let dims = match shapes.same() {
                     Some(shape) => Dims::Same(stored.dims_of(shape)),
                     None => Dims::Each(rows.iter().map(|row| stored.dims_of(shapes.of(*row))).collect()),

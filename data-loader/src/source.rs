@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path as FsPath;
+use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use configs::location::{local_path, redact, resolve};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, TryStreamExt};
+use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
@@ -38,6 +40,16 @@ pub(crate) struct SourceFile {
     pub remote: Option<Remote>,
     /// For messages: the local path, or the redacted URL.
     pub name: String,
+    /// Where it is on this machine.
+    pub local: Option<LocalFile>,
+}
+
+/// A file of this machine as it was when it was found.
+#[derive(Clone, Debug)]
+pub(crate) struct LocalFile {
+    pub path: PathBuf,
+    pub bytes: u64,
+    pub modified: SystemTime,
 }
 
 /// Where a data set is.
@@ -188,7 +200,10 @@ impl Location {
     fn file(&self, meta: ObjectMeta) -> SourceFile {
         let name = format!("{}{}", self.prefix, meta.location);
         let remote = self.reader.as_ref().map(|reader| Remote::new(reader, &meta, &name));
-        SourceFile { store: self.store.clone(), path: meta.location, file_bytes: meta.size, remote, name }
+        let path =
+            if self.reader.is_none() { LocalFileSystem::new().path_to_filesystem(&meta.location).ok() } else { None };
+        let local = path.map(|path| LocalFile { path, bytes: meta.size, modified: meta.last_modified.into() });
+        SourceFile { store: self.store.clone(), path: meta.location, file_bytes: meta.size, remote, local, name }
     }
 }
 

@@ -60,8 +60,13 @@ fn epoch(dataset: &Arc<LatentDataset>, (lanes, micro_batch): (usize, usize)) -> 
     let options = ScheduleOptions { seed: 5, lanes, micro_batch, range_rows: 32, shuffle_window_rows: 150 };
     let schedule = dataset.schedule(options).unwrap();
     let steps = schedule.steps_per_epoch();
-    let options =
-        StreamOptions { prefetch_bytes: 1 << 20, flip: Flip::Never, num_classes: Some(10), allocator: &PlainMemory };
+    let options = StreamOptions {
+        prefetch_bytes: 1 << 20,
+        flip: Flip::Never,
+        num_classes: Some(10),
+        threads: 2,
+        allocator: &PlainMemory,
+    };
     let sources = vec![StreamSource { dataset: dataset.clone(), scaling_factor: 0.5 }];
     let mut stream = MicroBatchStream::start(sources, schedule, 0..lanes, 0, steps, options).unwrap();
     (0..steps * lanes as u64)

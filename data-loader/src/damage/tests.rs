@@ -45,8 +45,13 @@ fn read(
     damage: &Arc<Damage>,
 ) -> Result<Read, DataError> {
     let options = ScheduleOptions { seed: 5, lanes: 4, micro_batch: 4, range_rows: 8, shuffle_window_rows: 12 };
-    let of_stream =
-        StreamOptions { prefetch_bytes: 1 << 20, flip: Flip::Never, num_classes: Some(10), allocator: &PlainMemory };
+    let of_stream = StreamOptions {
+        prefetch_bytes: 1 << 20,
+        flip: Flip::Never,
+        num_classes: Some(10),
+        threads: 2,
+        allocator: &PlainMemory,
+    };
     let sources = vec![StreamSource { dataset: dataset.clone(), scaling_factor: 1.0 }];
     let order = dataset.schedule(options).unwrap();
     let count = lanes.len() * (steps.end - steps.start) as usize;

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::read::Want;
 use crate::{DataError, LatentDataset, RowBlock, RowRun};
 
 /// Places in the data set that a sample is read from.
@@ -59,8 +60,10 @@ impl LatentDataset {
         self.row_shapes()?;
         let runs = self.sample_runs();
         let start = Instant::now();
-        let blocks =
-            runs.iter().map(|run| self.io.block_on(self.read_runs(&[*run], false))).collect::<Result<Vec<_>, _>>()?;
+        let blocks = runs
+            .iter()
+            .map(|run| self.io.block_on(self.read_runs(&[*run], Want::All)))
+            .collect::<Result<Vec<_>, _>>()?;
         let seconds = start.elapsed().as_secs_f64().max(1e-9);
         let rows: u64 = runs.iter().map(|run| run.rows).sum();
         let rows_per_s = rows as f64 / seconds;

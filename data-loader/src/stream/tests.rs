@@ -1,12 +1,20 @@
 #![allow(clippy::unwrap_used)]
 use std::sync::atomic::Ordering;
 
+use rand::Rng;
+
 use super::*;
+use crate::draws::{Key, Purpose, fill_normal};
 use crate::testing::{FaultyStore, Mode, samples, write};
 use crate::{Columns, Dtype, LaneSchedule, MixedSource, RowRun, ScheduleOptions, WriterOptions};
 
-const OPTIONS: StreamOptions =
-    StreamOptions { prefetch_bytes: 1 << 20, flip: Flip::Stored, num_classes: Some(10), allocator: &PlainMemory };
+const OPTIONS: StreamOptions = StreamOptions {
+    prefetch_bytes: 1 << 20,
+    flip: Flip::Stored,
+    num_classes: Some(10),
+    threads: 2,
+    allocator: &PlainMemory,
+};
 
 /// What a micro-batch says, to compare.
 #[derive(Clone, Debug, PartialEq)]
@@ -119,17 +127,17 @@ fn a_lane_reads_the_same_on_any_rank_and_after_any_resume() {
 fn the_queue_holds_no_more_bytes_than_allowed_but_always_one() {
     let folder = tempfile::tempdir().unwrap();
     let dataset = dataset(&folder);
-    let one = 4 * 4 * 4 + 4 * 8 + 4 * 8 + 4 * 4;
+    let one = 4 * 4 * 4 + 4 * ROW_BYTES;
     for (prefetch_bytes, most) in [(3 * one, 3), (0, 1)] {
         let options = StreamOptions { prefetch_bytes, ..OPTIONS };
         let mut stream =
             MicroBatchStream::start(sources(&dataset), schedule(&dataset), 0..4, 0, u64::MAX, options).unwrap();
         for _ in 0..200 {
             // Only the producer fills, so this ends once it has caught up.
-            while stream.shared.lock().ready.len() < most {
+            while stream.context.queue.ready() < most {
                 std::thread::yield_now();
             }
-            assert_eq!(stream.shared.lock().ready.len(), most);
+            assert_eq!(stream.context.queue.ready(), most);
             stream.next().unwrap();
         }
     }
@@ -344,4 +352,67 @@ fn rows_of_many_shapes_come_in_micro_batches_of_one() {
         }
     }
     assert_eq!(seen.len(), 3);
+}
+
+#[test]
+fn the_way_of_reading_and_the_number_of_threads_change_no_bit() {
+    for (moments, flip) in
+        [(true, Flip::Stored), (true, Flip::Latent), (false, Flip::Stored), (false, Flip::Latent), (false, Flip::Never)]
+    {
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let open = |zstd: bool| {
+            let path = folders[usize::from(zstd)].path().join("a.parquet");
+            let options =
+                WriterOptions { moments, flipped: true, zstd, row_group_rows: 40, ..WriterOptions::new(vec![1, 2, 3]) };
+            write(&path, options.clone(), &samples(150, &options));
+            Arc::new(LatentDataset::open(path.to_str().unwrap(), &Columns::default()).unwrap())
+        };
+        let (plain, compressed) = (open(false), open(true));
+        assert!(plain.direct.is_some() && compressed.direct.is_none());
+        let expected = take(&compressed, 0..4, 0..25, StreamOptions { flip, threads: 1, ..OPTIONS });
+        for dataset in [&plain, &compressed] {
+            for threads in [1, 2, 5] {
+                // From one micro-batch at a time to whole windows.
+                for prefetch_bytes in [0, 2000, 1 << 20] {
+                    let options = StreamOptions { flip, threads, prefetch_bytes, ..OPTIONS };
+                    assert_eq!(take(dataset, 0..4, 0..25, options), expected);
+                    let some: Vec<Said> =
+                        expected.iter().filter(|said| said.lane == 2 && said.step >= 7).cloned().collect();
+                    assert_eq!(take(dataset, 2..3, 7..25, options), some);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_is_used_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let dataset = dataset(&folder);
+    let one = 4 * 4 * 4 + 4 * ROW_BYTES;
+    let options = StreamOptions { prefetch_bytes: 3 * one, ..OPTIONS };
+    let mut stream =
+        MicroBatchStream::start(sources(&dataset), schedule(&dataset), 0..4, 0, u64::MAX, options).unwrap();
+    let mut seen = std::collections::HashSet::new();
+    for _ in 0..500 {
+        let batch = stream.next().unwrap();
+        seen.insert((batch.x_start.bytes().as_ptr(), batch.labels.as_ptr() as usize, batch.rows.as_ptr() as usize));
+        stream.recycle(batch);
+    }
+    assert!(seen.len() <= 4, "{} sets of buffers for at most three that wait and one in use", seen.len());
+}
+
+#[test]
+fn a_file_that_is_cut_while_it_is_read_ends_the_stream_with_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let dataset = dataset(&folder);
+    let options = StreamOptions { prefetch_bytes: 0, ..OPTIONS };
+    let mut stream =
+        MicroBatchStream::start(sources(&dataset), schedule(&dataset), 0..4, 0, u64::MAX, options).unwrap();
+    stream.next().unwrap();
+    let path = folder.path().join("a.parquet");
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(1000).unwrap();
+    let error = std::iter::repeat_with(|| stream.next()).find_map(Result::err).unwrap().to_string();
+    assert!(error.contains("a.parquet") && error.contains("row group"), "{error}");
+    assert!(matches!(stream.next(), Err(DataError::Stopped)));
 }

@@ -95,6 +95,7 @@ impl Data {
             prefetch_bytes: config.data.prefetch_bytes as usize,
             flip: config.data.flip,
             num_classes: Some(self.num_classes),
+            threads: config.data.threads as usize,
             allocator: batch_memory(self.experiment.device),
         };
         let (sources, order, lanes) = (self.sources.clone(), self.order.clone(), self.experiment.block.range());

@@ -1,5 +1,6 @@
 //! `latents`: looks into latent data sets and checks them. One file a subcommand.
 
+mod bench;
 mod inspect;
 mod place;
 mod progress;
@@ -21,6 +22,8 @@ struct Cli {
 enum Command {
     /// Tell what a data set holds, how it is laid out, and draw it.
     Inspect(inspect::InspectArgs),
+    /// Read micro-batches in the order of a training and say how fast that goes.
+    Bench(bench::BenchArgs),
     /// Read every page and name each problem; fails if there is one.
     Verify(verify::VerifyArgs),
 }
@@ -28,6 +31,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     done.unwrap_or_else(|error| {
