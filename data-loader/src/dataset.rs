@@ -434,16 +434,24 @@ impl LatentDataset {
     /// An error about a data set row.
     pub(crate) fn row_error(&self, row: u64, column: &str, found: String, expected: String) -> DataError {
         let (group, file) = self.place(row);
-        let first_of_file =
-            self.row_groups.iter().find(|other| other.file == group.file).map_or(0, |first| first.first_row);
         DataError::Row {
             file: file.file.name.clone(),
             row_group: group.index_in_file,
-            row_in_file: row - first_of_file,
+            row_in_file: self.row_in_file(row),
             column: column.to_owned(),
             found,
             expected,
         }
+    }
+
+    /// File and row in it, for messages.
+    pub(crate) fn place_of(&self, row: u64) -> String {
+        format!("{}: row {}", self.place(row).1.file.name, self.row_in_file(row))
+    }
+
+    fn row_in_file(&self, row: u64) -> u64 {
+        let file = self.place(row).0.file;
+        row - self.row_groups.iter().find(|group| group.file == file).map_or(0, |first| first.first_row)
     }
 
     fn place(&self, row: u64) -> (&RowGroup, &Footer) {

@@ -159,6 +159,14 @@ pub enum DataError {
         /// What happened.
         reason: String,
     },
+    /// Something that is to be converted is not as it should be.
+    #[error("{place}: {reason}")]
+    Source {
+        /// The file, with the entry or tensor in it.
+        place: String,
+        /// What was found, what was expected, what to do.
+        reason: String,
+    },
     /// A thread of this crate panicked: a defect, or a file that trips the parquet reader.
     #[error(
         "{place}: the reader panicked: {message}; if `latents verify` passes on this data set, please report it as a bug"
@@ -202,6 +210,11 @@ impl DataError {
     /// Whether the data are damaged, as opposed to out of reach or asked for wrongly. Bytes that make the reader panic are.
     pub(crate) fn is_damage(&self) -> bool {
         matches!(self, Self::RowGroup { .. } | Self::Row { .. } | Self::Panicked { .. })
+    }
+
+    /// [`DataError::Source`].
+    pub(crate) fn source(place: impl Into<String>, reason: impl Into<String>) -> DataError {
+        DataError::Source { place: place.into(), reason: reason.into() }
     }
 
     /// The error of a caught panic.

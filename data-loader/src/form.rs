@@ -25,8 +25,18 @@ impl Dtype {
         }
     }
 
+    /// Whether a number is finite and still is when it is rounded to this type.
+    pub(crate) fn holds(self, number: f32) -> bool {
+        match self {
+            // Halfway between the largest number and what would be the next, ties go to infinity.
+            Self::F16 => number.abs() < 65520.0,
+            Self::Bf16 => number.abs() < f32::from_bits(0x7f7f_8000),
+            Self::F32 => number.is_finite(),
+        }
+    }
+
     /// Reads `f16`, `bf16`, `f32` and the long names.
-    pub(crate) fn parse(text: &str) -> Option<Self> {
+    pub fn parse(text: &str) -> Option<Self> {
         match text {
             "f16" | "float16" => Some(Self::F16),
             "bf16" | "bfloat16" => Some(Self::Bf16),

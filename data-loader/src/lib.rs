@@ -11,6 +11,7 @@ mod access;
 mod block;
 mod bounds;
 mod buckets;
+pub mod convert;
 mod damage;
 mod dataset;
 mod decode;

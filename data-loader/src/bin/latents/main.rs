@@ -1,7 +1,10 @@
-//! `latents`: looks into latent data sets and checks them. One file a subcommand.
+//! `latents`: looks into latent data sets, checks and converts them. One file a subcommand.
 
 mod bench;
+mod export;
+mod import;
 mod inspect;
+mod layout;
 mod place;
 mod progress;
 mod verify;
@@ -10,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Look into data sets of latents and check them.
+/// Look into data sets of latents, check and convert them.
 #[derive(Parser)]
 #[command(name = "latents", version)]
 struct Cli {
@@ -26,6 +29,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Read every page and name each problem; fails if there is one.
     Verify(verify::VerifyArgs),
+    /// Turn latents of another program into a data set, or lay a data set out anew.
+    Import(Box<import::ImportArgs>),
+    /// Write a data set as plain parquet or in the format of another program.
+    Export(Box<export::ExportArgs>),
 }
 
 fn main() -> ExitCode {
@@ -33,6 +40,8 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Import(args) => import::run(&args),
+        Command::Export(args) => export::run(&args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("latents: {error:#}");
