@@ -192,7 +192,7 @@ fn check_pages(dataset: &LatentDataset, group: &RowGroup, found: &mut Found) -> 
         let damaged = |reason: String| DataError::RowGroup {
             file: footer.file.name.clone(),
             row_group: group.index_in_file,
-            reason: format!("column {}: {reason}", column.column_path()),
+            reason: format!("column {}: {reason}", column.column_path().string()),
         };
         let (start, length) = column.byte_range();
         let mut reader = ObjectReader(footer.file.clone());
