@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::array::{Array, Element};
 use super::{About, Names, Sample, Source, SourceFormat};
+use crate::read::Want;
 use crate::{DataError, LatentDataset, RowBlock, RowRun, Shapes};
 
 /// A data set that is laid out anew.
@@ -42,7 +43,8 @@ impl ParquetSource {
 
     fn block(&self, rows: Range<usize>, with_ids: bool) -> Result<RowBlock, DataError> {
         let run = RowRun { first_row: rows.start as u64, rows: rows.len() as u64 };
-        self.dataset.io.block_on(self.dataset.read_runs(&[run], with_ids && self.has_ids))
+        let want = if with_ids && self.has_ids { Want::WithIds } else { Want::All };
+        self.dataset.io.block_on(self.dataset.read_runs(&[run], want))
     }
 
     /// The names of a block's rows: their numbers where the files have none.
