@@ -33,6 +33,8 @@ pub struct Commit {
     pub decision_log: Value,
     /// What was measured of these weights, by name; finite numbers.
     pub metrics: BTreeMap<String, f64>,
+    /// As [`Manifest::put_off`].
+    pub put_off: bool,
     /// One per rank of the world that wrote, in any order.
     pub shards: Vec<ShardRecord>,
 }
@@ -161,6 +163,7 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
         config: commit.config,
         decision_log: commit.decision_log,
         metrics: commit.metrics,
+        put_off: commit.put_off,
         chunk_bytes: CHUNK_BYTES,
         shards,
         tensors,

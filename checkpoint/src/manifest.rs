@@ -67,6 +67,9 @@ pub struct Manifest {
     /// What was measured of these weights, by name (`val_loss/ema`); finite.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
+    /// Whether what was due after this step (validation, samples) has been put off for a stop: who resumes does it first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub put_off: bool,
     /// Length of the digested chunks.
     pub chunk_bytes: u64,
     /// The objects that hold the tensors.

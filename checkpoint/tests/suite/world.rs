@@ -109,7 +109,7 @@ pub fn write_all(
 pub fn content(attempt: u32, step: u64, shards: Vec<ShardRecord>) -> Commit {
     let config = json!({"optimizer": {"lr": 1e-4}, "train": {"lanes": 8}});
     let decision_log = json!([{"step": 3, "skipped": true}]);
-    Commit { attempt, step, optimizer_step: step, config, decision_log, metrics: Default::default(), shards }
+    Commit { attempt, step, optimizer_step: step, config, decision_log, shards, ..Commit::default() }
 }
 
 /// Writes and commits a checkpoint of the small tensors by two ranks.

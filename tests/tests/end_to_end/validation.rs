@@ -89,7 +89,8 @@ fn losses_have_the_same_bits_on_any_ranks_in_manifests_and_by_command() {
 #[test]
 fn validation_changes_nothing_else_and_an_interrupted_run_measures_the_same() {
     let experiment = experiment();
-    let long = ["train.steps=60", "checkpoint.every_steps=15", "log.every_steps=5"];
+    // Whichever step it is that the stop comes after, its validation is due and has to wait.
+    let long = ["train.steps=60", "checkpoint.every_steps=15", "log.every_steps=5", "validation.every_steps=1"];
     run_ok(&mut experiment.launcher(1, "reference", &long));
     run_ok(&mut experiment.launcher(1, "plain", &[&long[..], &["validation.every_steps=0"]].concat()));
     assert_eq!(experiment.digest("plain"), experiment.digest("reference"));
@@ -101,7 +102,7 @@ fn validation_changes_nothing_else_and_an_interrupted_run_measures_the_same() {
     assert_eq!(finish(child).code, Some(75));
     run_ok(&mut experiment.launcher(4, "stopped", &long));
     let reference = measured(&experiment, "reference");
-    assert_eq!(reference.len(), 2 * 20);
+    assert_eq!(reference.len(), 2 * 60);
     assert_eq!(measured(&experiment, "stopped"), reference);
     assert_eq!(experiment.digest("stopped"), experiment.digest("reference"));
 }

@@ -88,7 +88,7 @@ fn a_stop_that_cannot_be_saved_within_its_grace_period_ends_the_run_which_resume
     wait_until("a checkpoint", || has_checkpoint(&experiment, "run"));
     let folder = experiment.path("run");
     let ranks = ranks_of(folder.to_str().unwrap());
-    // The other rank hangs, as on a dead disk: nothing more can be agreed on.
+    // Either rank hangs, as on a dead disk: nothing more can be agreed on.
     kill("-STOP", ranks.iter().copied().max().expect("two ranks are running"));
     kill("-TERM", child.id() as i32);
     let ran = finish(child);

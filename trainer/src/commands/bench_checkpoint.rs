@@ -1,21 +1,16 @@
 //! `trainer bench-checkpoint`: the real saver and the real load on a model's state, one turn per line on stdin.
 
-use super::bench_step::dit_config;
-use crate::diffusion::{Gaussian, Prediction, Respacing, Schedule, Tables};
-use crate::ema::Average;
-use crate::engine::bucket::Buckets;
-use crate::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
+use super::bench_step::{bench_stepper, dit_config};
 use crate::engine::saver::{Save, SaveOptions, Saver};
 use crate::engine::snapshot::restore;
-use crate::engine::stepper::{Experiment, Stepper};
+use crate::engine::stepper::Stepper;
 use crate::engine::stop::StopFlag;
-use crate::ffi::{AdamW, SnapshotMemory};
+use crate::ffi::SnapshotMemory;
 use crate::model::Model;
 use crate::model::dit::Dit;
 use anyhow::{Context, Result, bail};
 use checkpoint::{AttemptInfo, Retention, RunStore};
 use collective::single::SingleCollective;
-use configs::lanes::LaneBlock;
 use serde_json::{Value, json};
 use std::io::BufRead;
 use std::sync::Arc;
@@ -65,28 +60,13 @@ pub fn bench_checkpoint(args: &BenchCheckpointArgs) -> Result<()> {
 }
 
 fn stepper(model: Arc<dyn Model>) -> Result<Stepper> {
-    let (seed, lanes, device) = (0, 1, Device::Cpu);
-    let block = LaneBlock::of(0, 1, lanes)?;
-    let betas = Schedule::Linear.betas(1000);
-    let tables = Tables::new(&betas, &Respacing::All.kept(betas.len())?);
-    let schedule = LrSchedule { lr: 1e-4, final_lr: 0.0, warmup_steps: 0, total_steps: 1, decay: LrDecay::Constant };
-    let hyper = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
-    let averages = vec![Average::main(0.9999)];
-    let buckets = Buckets::zeroed(&*model, lanes, block, averages.len(), device);
-    for bucket in &buckets.0 {
+    let mut stepper = bench_stepper(model)?;
+    for bucket in &stepper.buckets.0 {
         let states = [&bucket.params, &bucket.exp_avg, &bucket.exp_avg_sq].into_iter().chain(&bucket.averages);
         tch::no_grad(|| states.for_each(|state| drop(state.shallow_clone().uniform_(-1.0, 1.0))));
     }
-    let mut optimizer = Optimizer::new(hyper, schedule, averages);
-    optimizer.updates = 1;
-    Ok(Stepper::new(
-        model,
-        Box::new(Gaussian::new(tables, Prediction::Eps, true)),
-        buckets,
-        optimizer,
-        Arc::new(SingleCollective::new(Duration::from_secs(600))),
-        Experiment { seed, lanes, block, device },
-    ))
+    stepper.optimizer.updates = 1;
+    Ok(stepper)
 }
 
 fn save(stepper: &mut Stepper, folder: &str) -> Result<Value> {
@@ -98,7 +78,8 @@ fn save(stepper: &mut Stepper, folder: &str) -> Result<Value> {
     // A run makes it once, at its start: that is not counted.
     let mut saver = Saver::start(collective, store, stepper, options)?;
     let record = Value::Null;
-    let save = Save { step: 1, stepper, metrics: Default::default(), record: &record, requests: Vec::new() };
+    let (metrics, requests) = Default::default();
+    let save = Save { step: 1, stepper, metrics, put_off: false, record: &record, requests };
     let started = Instant::now();
     saver.save(save)?;
     let stall_s = started.elapsed().as_secs_f64();

@@ -13,7 +13,6 @@ use collective::single::SingleCollective;
 use configs::lanes::LaneBlock;
 use data_loader::MicroBatch;
 use data_loader::draws::{Key, Purpose, fill_normal};
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Device;
@@ -68,27 +67,13 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
         num_classes: args.num_classes,
         ..dit_config(args.hidden_size, args.depth, args.num_heads, args.patch_size)
     })?);
-    let (seed, lanes, device) = (0, 1, Device::Cpu);
-    let block = LaneBlock::of(0, 1, lanes)?;
-    let betas = Schedule::Linear.betas(1000);
-    let tables = Tables::new(&betas, &Respacing::All.kept(betas.len())?);
-    let schedule = LrSchedule { lr: 1e-4, final_lr: 0.0, warmup_steps: 0, total_steps: 1, decay: LrDecay::Constant };
-    let hyper = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
-    let averages = vec![Average::main(0.9999)];
-    let mut stepper = Stepper::new(
-        model.clone(),
-        Box::new(Gaussian::new(tables, Prediction::Eps, true)),
-        Buckets::initialise(&*model, lanes, block, averages.len(), seed, &Default::default(), device),
-        Optimizer::new(hyper, schedule, averages),
-        Arc::new(SingleCollective::new(Duration::from_secs(60))),
-        Experiment { seed, lanes, block, device },
-    );
+    let mut stepper = bench_stepper(model.clone())?;
     let numel = args.micro_batch * model.latent_shape().iter().product::<i64>() as usize;
     let mut step = 0;
     let mut make_step = || -> Result<f64> {
         step += 1;
         let mut x_start = vec![0f32; numel];
-        fill_normal(Key::new(seed, Purpose::Posterior, step), &mut x_start);
+        fill_normal(Key::new(0, Purpose::Posterior, step), &mut x_start);
         let labels = (0..args.micro_batch as i64).map(|i| i % args.num_classes).collect();
         let mut batch = Some(MicroBatch::of(step - 1, 0, &x_start, labels));
         let started = Instant::now();
@@ -113,6 +98,25 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
         println!("{line}");
     }
     Ok(())
+}
+
+/// The step of one rank with one lane, from first weights drawn with seed 0.
+pub(super) fn bench_stepper(model: Arc<dyn Model>) -> Result<Stepper> {
+    let (seed, lanes, device) = (0, 1, Device::Cpu);
+    let block = LaneBlock::of(0, 1, lanes)?;
+    let betas = Schedule::Linear.betas(1000);
+    let tables = Tables::new(&betas, &Respacing::All.kept(betas.len())?);
+    let schedule = LrSchedule { lr: 1e-4, final_lr: 0.0, warmup_steps: 0, total_steps: 1, decay: LrDecay::Constant };
+    let hyper = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+    let averages = vec![Average::main(0.9999)];
+    Ok(Stepper::new(
+        model.clone(),
+        Box::new(Gaussian::new(tables, Prediction::Eps, true)),
+        Buckets::initialise(&*model, lanes, block, averages.len(), seed, &Default::default(), device),
+        Optimizer::new(hyper, schedule, averages),
+        Arc::new(SingleCollective::new(Duration::from_secs(600))),
+        Experiment { seed, lanes, block, device },
+    ))
 }
 
 /// A DiT as the official code trains it on 256×256 images of ImageNet.

@@ -63,11 +63,13 @@ pub struct Rank {
     pub timetable: Timetable,
     /// What people see; rank 0 only.
     pub journal: Option<Journal>,
+    /// Whether the stop that this start continues from has put off what was due between two steps.
+    pub put_off: bool,
     /// What is done between steps, in this order.
     pub between: Vec<Box<dyn BetweenSteps>>,
     /// Stop requests.
     pub stop: StopFlag,
-    /// How long the checkpoint after one may take, if that is limited; rank 0 only.
+    /// How long the checkpoint after one may take, if that is limited.
     pub grace: Option<Grace>,
 }
 
@@ -171,6 +173,7 @@ impl Rank {
             saver,
             timetable,
             journal,
+            put_off: manifest.as_ref().is_some_and(|manifest| manifest.put_off),
             between,
             stop,
             grace,
@@ -225,16 +228,18 @@ fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result
 }
 
 /// Ends the run when a stop request is not answered by a committed checkpoint in time: the scheduler would, without a word.
+/// Every rank looks at its own clock, for any of them may hang.
 fn limit_stop(config: &RunConfig, stop: &StopFlag, collective: &Arc<dyn Collective>) -> Result<Option<Grace>> {
     let grace_s = config.checkpoint.grace_s;
-    if grace_s == 0 || collective.rank() != 0 {
+    if grace_s == 0 {
         return Ok(None);
     }
     let collective = collective.clone();
     let give_up = move || {
         eprintln!(
-            "trainer: error: rank 0: asked to stop, but the checkpoint was not committed within checkpoint.grace_s = {grace_s} s; \
-             the run resumes from the last one that was"
+            "trainer: error: rank {}: asked to stop, but the checkpoint was not committed within checkpoint.grace_s = {grace_s} s; \
+             the run resumes from the last one that was",
+            collective.rank()
         );
         collective.abort(configs::exit::FAILED)
     };

@@ -44,13 +44,18 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
     if let Some(Initialised { from, changes }) = rank.initialised.take() {
         rank.tell(|_| Event::Init { from, changes, time: now() })?;
     }
-    for step in rank.resumed_from.unwrap_or(0) + 1..=steps {
+    let is_due = |step: u64, every: u64| every > 0 && (step.is_multiple_of(every) || step == steps);
+    let done = rank.resumed_from.unwrap_or(0);
+    if std::mem::take(&mut rank.put_off) {
+        rank.look(done, &|every| is_due(done, every))?;
+    }
+    for step in done + 1..=steps {
         let signal = rank.timetable.signal(&rank.stop) | rank.saver.signal();
         let report = rank.stepper.step(step, &mut rank.batches, signal)?;
         rank.pass_over(step, &report.replaced)?;
         let save = rank.timetable.due(step, &report.signals);
         let stop = save == Some(Due::Stop);
-        let due = |every: u64| every > 0 && (step % every == 0 || step == steps);
+        let due = |every: u64| is_due(step, every);
 
         meter.count(&report);
         if due(rank.config.log.every_steps) || stop {
@@ -58,7 +63,8 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         }
         let saved = rank.saver.advance(&report.signals)?;
         rank.announce(saved)?;
-        // Who has asked for a stop waits for nothing but the checkpoint.
+        // Who has asked for a stop waits for nothing but the checkpoint; the rest is put off until the run goes on.
+        rank.put_off = stop && rank.between.iter().any(|task| due(task.every_steps()));
         let metrics = if stop { BTreeMap::new() } else { rank.look(step, &due)? };
         if let Some(why) = save {
             rank.save(step, why, metrics)?;
@@ -117,7 +123,8 @@ impl Rank {
         }
         self.stepper.wait_for_all_weights()?;
         let requests = self.timetable.restart(true);
-        let save = Save { step, stepper: &self.stepper, metrics, record: &self.record, requests };
+        let (stepper, record, put_off) = (&self.stepper, &self.record, self.put_off);
+        let save = Save { step, stepper, metrics, put_off, record, requests };
         let saved = self.saver.save(save)?;
         self.announce(saved)
     }

@@ -89,6 +89,8 @@ pub struct Save<'a> {
     pub stepper: &'a Stepper,
     /// What was measured of the weights.
     pub metrics: BTreeMap<String, f64>,
+    /// Whether whoever resumes has to measure them first.
+    pub put_off: bool,
     /// Config and recipe, for the manifest.
     pub record: &'a Value,
     /// Requests that the commit answers; of rank 0.
@@ -153,7 +155,7 @@ impl Saver {
     /// As [`Saver::finish`].
     pub fn save(&mut self, save: Save) -> Result<Option<Saved>> {
         let earlier = self.finish()?;
-        let Save { step, stepper, mut metrics, record, requests } = save;
+        let Save { step, stepper, mut metrics, put_off, record, requests } = save;
         self.snapshot.take(&stepper.buckets, Instant::now() + self.upload_timeout)?;
         let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
         let (result, shard) = Awaited::new();
@@ -168,6 +170,7 @@ impl Saver {
             config: record.clone(),
             decision_log: stepper.decisions.to_json(),
             metrics,
+            put_off,
             shards: Vec::new(),
         };
         (self.step, self.state) = (step, State::Uploading { to_commit, requests, shard });
