@@ -19,9 +19,11 @@ impl Columns {
                 "label" => &mut columns.label,
                 "id" => &mut columns.id,
                 "shape" => &mut columns.shape,
+                "caption" => &mut columns.caption,
+                "caption_mask" => &mut columns.caption_mask,
                 _ => {
                     return Err(format!(
-                        "--column {pair}: unknown key `{key}`; expected latent, latent_mean, latent_logvar, latent_flipped, label, id or shape"
+                        "--column {pair}: unknown key `{key}`; expected latent, latent_mean, latent_logvar, latent_flipped, label, id, shape, caption or caption_mask"
                     ));
                 }
             };

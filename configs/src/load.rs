@@ -176,6 +176,8 @@ macro_rules! columns {
             label: $r.text(concat!($prefix, "label"), &$names.label),
             id: $r.text(concat!($prefix, "id"), &$names.id),
             shape: $r.text(concat!($prefix, "shape"), &$names.shape),
+            caption: $r.text(concat!($prefix, "caption"), &$names.caption),
+            caption_mask: $r.text(concat!($prefix, "caption_mask"), &$names.caption_mask),
         }
     };
 }

@@ -183,10 +183,32 @@ pub struct Columns {
     /// Shape of the sample's latents, where rows have shapes of their own.
     #[serde(default = "shape_column", skip_serializing_if = "is_shape_column")]
     pub shape: String,
+    /// Caption embeddings, or with `_1`, `_2` … appended several.
+    #[serde(default = "caption_column", skip_serializing_if = "is_caption_column")]
+    pub caption: String,
+    /// Which tokens of the captions count, numbered as they are.
+    #[serde(default = "caption_mask_column", skip_serializing_if = "is_caption_mask_column")]
+    pub caption_mask: String,
 }
 
 fn shape_column() -> String {
     "shape".to_owned()
+}
+
+fn caption_column() -> String {
+    "caption_embedding".to_owned()
+}
+
+fn is_caption_column(name: &String) -> bool {
+    *name == caption_column()
+}
+
+fn caption_mask_column() -> String {
+    "caption_mask".to_owned()
+}
+
+fn is_caption_mask_column(name: &String) -> bool {
+    *name == caption_mask_column()
 }
 
 fn is_shape_column(name: &String) -> bool {
@@ -203,6 +225,8 @@ impl Default for Columns {
             label: "label".to_owned(),
             id: "id".to_owned(),
             shape: shape_column(),
+            caption: caption_column(),
+            caption_mask: caption_mask_column(),
         }
     }
 }

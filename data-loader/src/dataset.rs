@@ -10,6 +10,7 @@ use object_store::ObjectStore;
 use tokio::sync::OnceCell;
 
 use crate::bounds::check_row_groups;
+use crate::captions::CaptionLayout;
 use crate::direct::Direct;
 use crate::footer::{Footer, Label, SHAPE, VAE_DIGEST, missing};
 use crate::form::{Dtype, Stored};
@@ -17,8 +18,8 @@ use crate::layout::{needs_first_row, settle};
 use crate::read::Io;
 use crate::shapes::template_text;
 use crate::source::{Found, Location};
+use crate::{CaptionMeta, DataError, LaneSchedule, RowBlock, RowOrder, RowShapes, ScheduleOptions, Shapes};
 use crate::{Columns, OpenOptions};
-use crate::{DataError, LaneSchedule, RowBlock, RowOrder, RowShapes, ScheduleOptions, Shapes};
 
 /// Footers that are fetched at the same time.
 const FOOTERS_AT_ONCE: usize = 16;
@@ -41,6 +42,8 @@ pub struct DatasetMeta {
     pub rows: u64,
     /// Whether rows have labels.
     pub labels: bool,
+    /// Caption embeddings, where rows have them.
+    pub captions: Option<CaptionMeta>,
     /// Whether posterior moments are stored instead of latents.
     pub moments: bool,
     /// Whether the mirrored image's latents are stored too.
@@ -77,6 +80,7 @@ pub struct LatentDataset {
     row_groups: Vec<RowGroup>,
     pub(crate) stored: Vec<Stored>,
     has_shape_column: bool,
+    pub(crate) captions: Option<CaptionLayout>,
     /// Read when first asked for; there from the start where all rows have one shape.
     pub(crate) row_shapes: OnceCell<Arc<RowShapes>>,
     /// The short way to the latents, where there is one.
@@ -228,6 +232,7 @@ impl LatentDataset {
                 vae_digest: first.keys.get(VAE_DIGEST).map(|digest| digest.trim_matches('"').to_owned()),
                 rows,
                 labels: first.label != Label::Absent,
+                captions: None,
                 moments: first.moments,
                 flipped: first.flipped,
                 row_bytes: 0,
@@ -241,6 +246,7 @@ impl LatentDataset {
             row_groups,
             stored: Vec::new(),
             has_shape_column: false,
+            captions: None,
             row_shapes: OnceCell::new(),
             direct: None,
             io,
@@ -256,6 +262,9 @@ impl LatentDataset {
         let first = &self.files[0];
         let first_row = if needs_first_row(first) { Some(self.first_row()?) } else { None };
         let layout = settle(first, first_row.as_ref(), &self.columns.shape, false)?;
+        let captions = CaptionLayout::settle(first, first_row.as_ref())?;
+        self.meta.captions = captions.as_ref().map(|layout| layout.meta);
+        self.captions = captions;
         self.meta.dtype = layout.stored[0].dtype;
         self.meta.row_bytes = layout.stored.iter().map(|column| column.numel * column.dtype.bytes()).sum();
         if layout.shapes == Shapes::Same {

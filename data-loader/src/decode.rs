@@ -4,6 +4,7 @@ use arrow::array::{Array, ArrayRef, AsArray};
 use arrow::buffer::{Buffer, ScalarBuffer};
 use arrow::compute::{CastOptions, cast, cast_with_options};
 use arrow::datatypes::{DataType, Field, Float16Type, Float32Type, Float64Type, Int64Type};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::block::Numbers;
@@ -36,9 +37,9 @@ impl Dims {
 }
 
 /// One level of lists, or the bytes of binary values: where each begins and ends among the items.
-struct Level<'a> {
+pub(crate) struct Level<'a> {
     offsets: Offsets<'a>,
-    items: Items,
+    pub items: Items,
 }
 
 enum Offsets<'a> {
@@ -48,14 +49,14 @@ enum Offsets<'a> {
     Same(usize, usize),
 }
 
-enum Items {
+pub(crate) enum Items {
     Of(ArrayRef),
     Bytes(Buffer),
 }
 
 impl<'a> Level<'a> {
     /// `None` for what is neither list nor bytes. Views are cast away before, see [`without_views`].
-    fn of(array: &'a ArrayRef) -> Option<Self> {
+    pub fn of(array: &'a ArrayRef) -> Option<Self> {
         let (offsets, items) = match array.data_type() {
             DataType::List(_) => {
                 let lists = array.as_list::<i32>();
@@ -87,7 +88,8 @@ impl<'a> Level<'a> {
         Some(Self { offsets, items })
     }
 
-    fn start(&self, at: usize) -> usize {
+    /// The first item of list `at`.
+    pub fn start(&self, at: usize) -> usize {
         match self.offsets {
             // Arrow's offsets are checked to be positive and to rise.
             Offsets::I32(offsets) => offsets[at] as usize,
@@ -96,7 +98,8 @@ impl<'a> Level<'a> {
         }
     }
 
-    fn length(&self, at: usize) -> usize {
+    /// The items of list `at`.
+    pub fn length(&self, at: usize) -> usize {
         self.start(at + 1) - self.start(at)
     }
 
@@ -162,6 +165,7 @@ impl Owners {
 }
 
 /// All latents of a batch, one after the other; shares the batch's memory.
+#[derive(Clone, Debug)]
 pub(crate) enum Flat {
     F16(ScalarBuffer<f16>),
     F32(ScalarBuffer<f32>),
@@ -202,28 +206,23 @@ impl Flat {
                 Items::Bytes(bytes) => return Ok(Self::Bytes(bytes.slice_with_length(start, owners.total()))),
             };
         }
-        refuse_null(&at, start, &owners)?;
-        let count = owners.total();
-        match (at.data_type(), column.dtype) {
-            (DataType::Float16, Dtype::F16) => {
-                Ok(Self::F16(at.as_primitive::<Float16Type>().values().slice(start, count)))
+        let expected = || column.describe(dims.of(0));
+        numbers(&at, start, owners.total(), column.dtype, |item| owners.row_of(item), expected)
+    }
+
+    /// Widens `out.len()` numbers from `from` on; `dtype` is that of bytes.
+    pub fn widen(&self, dtype: Dtype, from: usize, out: &mut [f32]) {
+        let range = from..from + out.len();
+        match (self, dtype) {
+            (Self::F16(numbers), _) => numbers[range].convert_to_f32_slice(out),
+            (Self::F32(numbers), _) => out.copy_from_slice(&numbers[range]),
+            (Self::Bytes(bytes), Dtype::F16) => {
+                fill(&bytes[range.start * 2..range.end * 2], out, |bytes| f16::from_le_bytes(bytes).to_f32())
             }
-            (DataType::Float32, Dtype::F32) => {
-                Ok(Self::F32(at.as_primitive::<Float32Type>().values().slice(start, count)))
+            (Self::Bytes(bytes), Dtype::Bf16) => {
+                fill(&bytes[range.start * 2..range.end * 2], out, |bytes| bf16::from_le_bytes(bytes).to_f32())
             }
-            (DataType::Float64, Dtype::F32) => {
-                let numbers = &at.as_primitive::<Float64Type>().values()[start..start + count];
-                let too_large = |number: &f64| number.is_finite() && (*number as f32).is_infinite();
-                match numbers.iter().position(too_large) {
-                    None => Ok(Self::F32(numbers.iter().map(|number| *number as f32).collect())),
-                    Some(item) => Err(BadRow {
-                        row: owners.row_of(item),
-                        found: numbers[item].to_string(),
-                        expected: "numbers within the range of float32".into(),
-                    }),
-                }
-            }
-            (other, _) => Err(wrong(0, format!("of {other}"))),
+            (Self::Bytes(bytes), Dtype::F32) => fill(&bytes[range.start * 4..range.end * 4], out, f32::from_le_bytes),
         }
     }
 
@@ -251,6 +250,37 @@ impl Flat {
     }
 }
 
+/// The `count` numbers of a list's items from `start` on, none of them null.
+pub(crate) fn numbers(
+    at: &ArrayRef,
+    start: usize,
+    count: usize,
+    dtype: Dtype,
+    row_of: impl Fn(usize) -> usize,
+    expected: impl Fn() -> String,
+) -> Result<Flat, BadRow> {
+    if let Some(null) = first_null(at, start, count) {
+        return Err(BadRow { row: row_of(null), found: "null".into(), expected: expected() });
+    }
+    match (at.data_type(), dtype) {
+        (DataType::Float16, Dtype::F16) => Ok(Flat::F16(at.as_primitive::<Float16Type>().values().slice(start, count))),
+        (DataType::Float32, Dtype::F32) => Ok(Flat::F32(at.as_primitive::<Float32Type>().values().slice(start, count))),
+        (DataType::Float64, Dtype::F32) => {
+            let numbers = &at.as_primitive::<Float64Type>().values()[start..start + count];
+            let too_large = |number: &f64| number.is_finite() && (*number as f32).is_infinite();
+            match numbers.iter().position(too_large) {
+                None => Ok(Flat::F32(numbers.iter().map(|number| *number as f32).collect())),
+                Some(item) => Err(BadRow {
+                    row: row_of(item),
+                    found: format!("{:e}", numbers[item]),
+                    expected: "numbers within the range of float32".into(),
+                }),
+            }
+        }
+        (other, _) => Err(BadRow { row: 0, found: format!("of {other}"), expected: expected() }),
+    }
+}
+
 fn fill<T, const N: usize>(bytes: &[u8], out: &mut [T], from_le_bytes: fn([u8; N]) -> T) {
     let (numbers, _) = bytes.as_chunks::<N>();
     for (out, number) in out.iter_mut().zip(numbers) {
@@ -259,7 +289,7 @@ fn fill<T, const N: usize>(bytes: &[u8], out: &mut [T], from_le_bytes: fn([u8; N
 }
 
 /// The array with its items in order; the same memory if there is no view in it.
-fn without_view(array: &ArrayRef) -> Result<ArrayRef, BadRow> {
+pub(crate) fn without_view(array: &ArrayRef) -> Result<ArrayRef, BadRow> {
     let plain = without_views(array.data_type());
     if plain == *array.data_type() {
         return Ok(array.clone());
@@ -268,7 +298,7 @@ fn without_view(array: &ArrayRef) -> Result<ArrayRef, BadRow> {
 }
 
 /// The first null of `count` values from `start` on, counted from `start`.
-fn first_null(array: &ArrayRef, start: usize, count: usize) -> Option<usize> {
+pub(crate) fn first_null(array: &ArrayRef, start: usize, count: usize) -> Option<usize> {
     let nulls = array.logical_nulls().filter(|nulls| nulls.null_count() > 0)?;
     (0..count).find(|at| nulls.is_null(start + at))
 }

@@ -43,6 +43,8 @@ pub enum Purpose {
     /// Which source of a mix a lane's rows come from; `counter` = block. With `index` 1 the seed of a source's own order;
     /// `counter` = source.
     Mix = 16,
+    /// Which of several captions, row by row of a micro-batch; `counter` = step.
+    Caption = 17,
     /// Which bucket of shapes the lanes read at the steps of an epoch; `counter` = epoch. With `index` 1 the seed of a
     /// bucket's own order; `counter` = bucket.
     Bucket = 18,

@@ -11,8 +11,9 @@ use crate::Columns;
 use crate::DataError;
 use crate::access::out_of_parquet;
 use crate::bounds::check_row_groups;
+use crate::captions::{self, CaptionColumns};
 use crate::features::Features;
-use crate::form::{Dtype, Form, READABLE, shape_numel};
+use crate::form::{Dtype, Form, READABLE, is_template};
 use crate::source::{ObjectReader, SourceFile, partition};
 
 pub(crate) const SHAPE: &str = "ditharos.latent_shape";
@@ -21,8 +22,12 @@ pub(crate) const NUM_CLASSES: &str = "ditharos.num_classes";
 pub(crate) const VAE_DIGEST: &str = "ditharos.vae_digest";
 /// Number type of latents in binary columns; without it, two bytes a number are f16 and four are f32.
 pub(crate) const DTYPE: &str = "ditharos.latent_dtype";
+/// `[tokens, dim]` or `[captions, tokens, dim]`; `null` where it differs.
+pub(crate) const CAPTION_SHAPE: &str = "ditharos.caption_shape";
+/// Number type of captions in binary columns; f16 without it.
+pub(crate) const CAPTION_DTYPE: &str = "ditharos.caption_dtype";
 const PANDAS_ATTRS: &str = "PANDAS_ATTRS";
-const KEYS: [&str; 5] = [SHAPE, SCALING_FACTOR, NUM_CLASSES, VAE_DIGEST, DTYPE];
+const KEYS: [&str; 7] = [SHAPE, SCALING_FACTOR, NUM_CLASSES, VAE_DIGEST, DTYPE, CAPTION_SHAPE, CAPTION_DTYPE];
 
 /// Where the labels of a file come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +53,9 @@ pub(crate) struct Footer {
     pub latents: Vec<(String, Form)>,
     pub moments: bool,
     pub flipped: bool,
+    /// The caption columns, and those of their masks.
+    pub captions: Vec<(String, Form)>,
+    pub caption_masks: Vec<String>,
     /// Whether there is a column of shapes, see [`Columns::shape`].
     pub has_shape_column: bool,
 }
@@ -82,16 +90,31 @@ impl Footer {
         }
         let (latents, label) =
             (latent_columns(&file.name, &metadata, columns), label(&file, &metadata, &columns.label));
-        let (latents, label) = match (latents, label) {
-            (Ok(latents), Ok(label)) => (latents, label),
-            (latents, label) => {
-                return Err(DataError::some([latents.err(), label.err()].into_iter().flatten().collect()));
+        let captions = caption_columns(&file.name, &metadata, columns);
+        let (latents, label, (captions, caption_masks)) = match (latents, label, captions) {
+            (Ok(latents), Ok(label), Ok(captions)) => (latents, label, captions),
+            (latents, label, captions) => {
+                let errors = [latents.err(), label.err(), captions.err()];
+                return Err(DataError::some(errors.into_iter().flatten().collect()));
             }
         };
         let (latents, moments, flipped) = latents;
-        let (keys, features) = (keys(&metadata), Features::of(&metadata, &latents[0].0, &columns.label));
+        let (keys, features) =
+            (keys(&metadata), Features::of(&metadata, &latents[0].0, &columns.label, &columns.caption));
         let has_shape_column = is_shape_column(&metadata, &columns.shape);
-        let footer = Self { file, metadata, keys, features, label, latents, moments, flipped, has_shape_column };
+        let footer = Self {
+            file,
+            metadata,
+            keys,
+            features,
+            label,
+            latents,
+            moments,
+            flipped,
+            captions,
+            caption_masks,
+            has_shape_column,
+        };
         check_row_groups(&footer, 0)?;
         Ok(footer)
     }
@@ -140,6 +163,15 @@ impl Footer {
         if self.features != first.features {
             return differs("metadata key `huggingface`".into(), self.features.to_string(), first.features.to_string());
         }
+        if (&self.captions, &self.caption_masks) != (&first.captions, &first.caption_masks) {
+            let text = |footer: &Footer| {
+                let columns = footer.captions.iter().map(|(name, form)| format!("`{name}` ({form})"));
+                let columns: Vec<String> =
+                    columns.chain(footer.caption_masks.iter().map(|name| format!("`{name}`"))).collect();
+                if columns.is_empty() { "empty".to_owned() } else { columns.join(", ") }
+            };
+            return differs("the set of caption columns".into(), text(self), text(first));
+        }
         for key in KEYS {
             let value =
                 |footer: &Footer| footer.keys.get(key).map_or("absent".to_owned(), |value| format!("`{value}`"));
@@ -161,7 +193,14 @@ impl Footer {
 
     /// What is wrong with the values of keys.
     pub fn bad_keys(&self) -> Vec<DataError> {
-        let errors = [self.shape().err(), self.dtype().err(), self.scaling_factor().err(), self.num_classes().err()];
+        let errors = [
+            self.shape().err(),
+            self.dtype().err(),
+            self.scaling_factor().err(),
+            self.num_classes().err(),
+            self.caption_shape().err(),
+            self.caption_dtype().err(),
+        ];
         errors.into_iter().flatten().collect()
     }
 
@@ -170,11 +209,7 @@ impl Footer {
         let Some(text) = self.keys.get(SHAPE) else {
             return Ok(self.features.shape.clone());
         };
-        let fits = |dims: &Vec<Option<usize>>| {
-            let least: Vec<usize> = dims.iter().map(|dim| dim.unwrap_or(1)).collect();
-            shape_numel(&least).is_some()
-        };
-        serde_json::from_str::<Vec<Option<usize>>>(text).ok().filter(fits).map(Some).ok_or_else(|| {
+        serde_json::from_str::<Vec<Option<usize>>>(text).ok().filter(|dims| is_template(dims)).map(Some).ok_or_else(|| {
             self.bad_key(
                 SHAPE,
                 "a JSON array of positive numbers such as [4,32,32], at most 2^28 in all, with null for a dimension that differs from row to row",
@@ -184,10 +219,33 @@ impl Footer {
 
     /// `ditharos.latent_dtype`, if given.
     pub fn dtype(&self) -> Result<Option<Dtype>, DataError> {
-        let Some(text) = self.keys.get(DTYPE) else {
+        self.dtype_of(DTYPE)
+    }
+
+    /// `ditharos.caption_dtype`, if given.
+    pub fn caption_dtype(&self) -> Result<Option<Dtype>, DataError> {
+        self.dtype_of(CAPTION_DTYPE)
+    }
+
+    fn dtype_of(&self, key: &'static str) -> Result<Option<Dtype>, DataError> {
+        let Some(text) = self.keys.get(key) else {
             return Ok(None);
         };
-        Dtype::parse(text.trim_matches('"')).map(Some).ok_or_else(|| self.bad_key(DTYPE, "f16, bf16 or f32"))
+        Dtype::parse(text.trim_matches('"')).map(Some).ok_or_else(|| self.bad_key(key, "f16, bf16 or f32"))
+    }
+
+    /// `ditharos.caption_shape`, if given.
+    pub fn caption_shape(&self) -> Result<Option<Vec<Option<usize>>>, DataError> {
+        let Some(text) = self.keys.get(CAPTION_SHAPE) else {
+            return Ok(self.features.caption_shape.clone());
+        };
+        let fits = |dims: &Vec<Option<usize>>| (2..=3).contains(&dims.len()) && is_template(dims);
+        serde_json::from_str::<Vec<Option<usize>>>(text).ok().filter(fits).map(Some).ok_or_else(|| {
+            self.bad_key(
+                CAPTION_SHAPE,
+                "[tokens, dim] or [captions, tokens, dim], with null for what differs from row to row",
+            )
+        })
     }
 
     /// `ditharos.scaling_factor`, if given.
@@ -250,20 +308,26 @@ fn latent_columns(file: &str, metadata: &ArrowReaderMetadata, columns: &Columns)
     }
     let latents = names
         .into_iter()
-        .map(|name| {
-            let found = schema.field_with_name(&name).map(|field| field.data_type().clone()).unwrap_or(DataType::Null);
-            match Form::of(&found) {
-                Some(form) => Ok((name, form)),
-                None => Err(DataError::ColumnType {
-                    file: file.into(),
-                    column: name,
-                    found: found.to_string(),
-                    expected: READABLE.into(),
-                }),
-            }
-        })
+        .map(|name| form_of(file, metadata, &name).map(|form| (name, form)))
         .collect::<Result<Vec<_>, _>>()?;
     Ok((latents, moments, flipped))
+}
+
+fn caption_columns(file: &str, metadata: &ArrowReaderMetadata, columns: &Columns) -> Result<CaptionColumns, DataError> {
+    let schema = metadata.schema();
+    let form = |name: &str| form_of(file, metadata, name);
+    captions::find(&columns.caption, &columns.caption_mask, |name| schema.column_with_name(name).is_some(), form)
+}
+
+fn form_of(file: &str, metadata: &ArrowReaderMetadata, name: &str) -> Result<Form, DataError> {
+    let field = metadata.schema().field_with_name(name);
+    let found = field.map(|field| field.data_type().clone()).unwrap_or(DataType::Null);
+    Form::of(&found).ok_or_else(|| DataError::ColumnType {
+        file: file.into(),
+        column: name.into(),
+        found: found.to_string(),
+        expected: READABLE.into(),
+    })
 }
 
 fn label(file: &SourceFile, metadata: &ArrowReaderMetadata, name: &str) -> Result<Label, DataError> {

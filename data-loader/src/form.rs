@@ -238,6 +238,11 @@ impl Stored {
     }
 }
 
+/// Whether the dimensions that are told make a shape, whatever the others are.
+pub(crate) fn is_template(dims: &[Option<usize>]) -> bool {
+    shape_numel(&dims.iter().map(|dim| dim.unwrap_or(1)).collect::<Vec<_>>()).is_some()
+}
+
 /// Numbers in a latent of `shape`: 1 to 2^28 of them.
 pub(crate) fn shape_numel(shape: &[usize]) -> Option<usize> {
     const MOST: usize = 1 << 28;

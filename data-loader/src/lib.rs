@@ -11,6 +11,7 @@ mod access;
 mod block;
 mod bounds;
 mod buckets;
+mod captions;
 pub mod convert;
 mod damage;
 mod dataset;
@@ -42,6 +43,7 @@ mod writer;
 
 pub use access::OpenOptions;
 pub use block::RowBlock;
+pub use captions::{CaptionBatch, CaptionBlock, CaptionMeta};
 pub use configs::{Columns, Flip};
 pub use damage::{BrokenGroup, Damage, check_budget};
 pub use dataset::{DatasetMeta, LatentDataset, RowGroup};

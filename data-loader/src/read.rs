@@ -36,6 +36,9 @@ pub(crate) enum Want {
     Rest,
 }
 
+/// The wanted parts of each row group, and the data set row of each place.
+type Wanted = (BTreeMap<usize, Vec<Piece>>, Vec<u64>);
+
 /// A part of a row group that a read wants, and where it goes.
 struct Piece {
     first_in_group: u64,
@@ -65,7 +68,8 @@ impl LatentDataset {
     pub(crate) fn first_row(&self) -> Result<RecordBatch, DataError> {
         // `open_at` has seen that there is a row.
         let at = self.group_of(0);
-        let names = self.latent_names(at).chain([self.columns().shape.as_str()]);
+        let captions = self.files[self.row_groups()[at].file].captions.iter().map(|(name, _)| name.as_str());
+        let names = self.latent_names(at).chain([self.columns().shape.as_str()]).chain(captions);
         let batches = self.io.block_on(self.fetch(at, &[Piece { first_in_group: 0, rows: 1, to: 0 }], names))?;
         batches.into_iter().next().ok_or_else(|| DataError::NoData {
             url: self.name().to_owned(),
@@ -91,7 +95,7 @@ impl LatentDataset {
         self.files[self.row_groups()[at].file].latents.iter().map(|(name, _)| name.as_str())
     }
 
-    fn column<'a>(&self, at: usize, batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef, DataError> {
+    pub(crate) fn column<'a>(&self, at: usize, batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef, DataError> {
         let group = &self.row_groups()[at];
         batch.column_by_name(name).ok_or_else(|| DataError::RowGroup {
             file: self.files[group.file].file.name.clone(),
@@ -102,6 +106,31 @@ impl LatentDataset {
 
     /// Reads rows; of each row group only the pages that hold them, where the file has an offset index.
     pub(crate) async fn read_runs(&self, runs: &[RowRun], want: Want) -> Result<RowBlock, DataError> {
+        let (wanted, rows) = self.pieces(runs)?;
+        let shapes = self.load_shapes().await?;
+        let latents = if want == Want::Rest { &self.stored[..0] } else { &self.stored[..] };
+        let mut block = RowBlock::zeros(latents, shapes, rows, self.meta().labels, want == Want::WithIds);
+        let mut fetched = futures::stream::iter(&wanted)
+            .map(|(&at, pieces)| async move {
+                let file = &self.files[self.row_groups()[at].file].file.name;
+                let (latents, ids) = (want != Want::Rest, want == Want::WithIds);
+                let names = self
+                    .latent_names(at)
+                    .filter(|_| latents)
+                    .chain([self.columns().label.as_str()])
+                    .chain(ids.then_some(self.columns().id.as_str()));
+                let batches = AssertUnwindSafe(self.fetch(at, pieces, names)).catch_unwind().await;
+                (at, pieces, batches.unwrap_or_else(|payload| Err(DataError::panicked(file, &*payload))))
+            })
+            .buffer_unordered(ROW_GROUPS_AT_ONCE);
+        while let Some((at, pieces, batches)) = fetched.next().await {
+            self.place_rows(at, pieces, &batches?, shapes, &mut block)?;
+        }
+        Ok(block)
+    }
+
+    /// Which row groups hold the rows of `runs`, and which rows these are.
+    fn pieces(&self, runs: &[RowRun]) -> Result<Wanted, DataError> {
         let mut wanted: BTreeMap<usize, Vec<Piece>> = BTreeMap::new();
         let mut rows = Vec::new();
         for run in runs {
@@ -128,9 +157,6 @@ impl LatentDataset {
                 next = until;
             }
         }
-        let shapes = self.load_shapes().await?;
-        let latents = if want == Want::Rest { &self.stored[..0] } else { &self.stored[..] };
-        let mut block = RowBlock::zeros(latents, shapes, rows, self.meta().labels, want == Want::WithIds);
         for (at, pieces) in &mut wanted {
             pieces.sort_by_key(|piece| piece.first_in_group);
             if let Some(pair) =
@@ -143,23 +169,36 @@ impl LatentDataset {
                 return Err(DataError::Request { url: self.name().to_owned(), reason });
             }
         }
+        Ok((wanted, rows))
+    }
+
+    /// Fetches columns of the rows of `runs` and hands over batch by batch: the number of the row group, the batch, and for each of
+    /// its rows the place in `runs` and the data set row.
+    pub(crate) async fn each_batch(
+        &self,
+        runs: &[RowRun],
+        names: &[&str],
+        mut take: impl FnMut(usize, &RecordBatch, &[(usize, u64)]) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        let (wanted, rows) = self.pieces(runs)?;
         let mut fetched = futures::stream::iter(&wanted)
             .map(|(&at, pieces)| async move {
                 let file = &self.files[self.row_groups()[at].file].file.name;
-                let (latents, ids) = (want != Want::Rest, want == Want::WithIds);
-                let names = self
-                    .latent_names(at)
-                    .filter(|_| latents)
-                    .chain([self.columns().label.as_str()])
-                    .chain(ids.then_some(self.columns().id.as_str()));
-                let batches = AssertUnwindSafe(self.fetch(at, pieces, names)).catch_unwind().await;
+                let batches = AssertUnwindSafe(self.fetch(at, pieces, names.iter().copied())).catch_unwind().await;
                 (at, pieces, batches.unwrap_or_else(|payload| Err(DataError::panicked(file, &*payload))))
             })
             .buffer_unordered(ROW_GROUPS_AT_ONCE);
         while let Some((at, pieces, batches)) = fetched.next().await {
-            self.place_rows(at, pieces, &batches?, shapes, &mut block)?;
+            let mut first = 0;
+            for batch in batches? {
+                let targets = targets(pieces, first..first + batch.num_rows());
+                let places = targets.iter().flat_map(|(rows, to)| *to..to + rows.len());
+                let places: Vec<(usize, u64)> = places.map(|place| (place, rows[place])).collect();
+                take(at, &batch, &places)?;
+                first += batch.num_rows();
+            }
         }
-        Ok(block)
+        Ok(())
     }
 
     /// Fetches and decodes pieces of one row group: those of the named columns that there are.

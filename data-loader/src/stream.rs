@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 
 use tokio::sync::watch;
 
-use crate::{BrokenGroup, Damage, DataError, Flip, LatentDataset, RowOrder};
+use crate::{BrokenGroup, CaptionBatch, Damage, DataError, Flip, LatentDataset, RowOrder};
 
 mod buffers;
 mod fill;
@@ -49,6 +49,8 @@ pub struct StreamOptions {
     pub num_classes: Option<usize>,
     /// Threads that read and decode, at least 1.
     pub threads: usize,
+    /// Pad or cut captions to so many tokens, see [`LatentDataset::caption_tokens`]; `None`: captions are not read.
+    pub caption_tokens: Option<usize>,
     /// Where the memory of micro-batches comes from; [`PlainMemory`] unless a device wants page-locked memory.
     pub allocator: &'static dyn HostAllocator,
 }
@@ -66,6 +68,8 @@ pub struct MicroBatch {
     pub latent_shape: Vec<usize>,
     /// Classes `[micro_batch]`; none where the data set has none.
     pub labels: Vec<i64>,
+    /// A caption of each row, where [`StreamOptions::caption_tokens`] asks for them.
+    pub captions: Option<CaptionBatch>,
     /// Data set row numbers `[micro_batch]`.
     pub rows: Vec<u64>,
     /// The numbers of the sources of the rows `[micro_batch]`.
@@ -79,18 +83,34 @@ impl MicroBatch {
     pub fn of(step: u64, lane: usize, x_start: &[f32], labels: Vec<i64>) -> Self {
         let (rows, sources) = (vec![0; labels.len()], vec![0; labels.len()]);
         let latent_shape = vec![x_start.len() / labels.len().max(1)];
-        Self { step, lane, x_start: x_start.into(), latent_shape, labels, rows, sources, broken: Vec::new() }
+        Self {
+            step,
+            lane,
+            x_start: x_start.into(),
+            latent_shape,
+            labels,
+            captions: None,
+            rows,
+            sources,
+            broken: Vec::new(),
+        }
     }
 }
 
 impl MicroBatch {
     fn bytes(&self) -> usize {
-        self.x_start.bytes().len() + self.rows.len() * ROW_BYTES
+        let captions = self.captions.as_ref().map_or(0, |captions| caption_bytes(captions.tokens, captions.dim));
+        self.x_start.bytes().len() + self.rows.len() * (ROW_BYTES + captions)
     }
 }
 
 /// Bytes of a row of a micro-batch beside its latent: label, row and source.
 const ROW_BYTES: usize = size_of::<i64>() + size_of::<u64>() + size_of::<u32>();
+
+/// Bytes of a padded caption and its mask.
+fn caption_bytes(tokens: usize, dim: usize) -> usize {
+    tokens * (dim * size_of::<f32>() + size_of::<bool>())
+}
 
 /// What all threads of a stream know.
 struct Context {
@@ -265,6 +285,19 @@ fn check(
         }
         if !scaling_factor.is_finite() || *scaling_factor <= 0.0 {
             return refuse(format!("the scaling factor is {scaling_factor}; expected a positive number"));
+        }
+        if let Some(tokens) = options.caption_tokens {
+            let (Some(captions), Some(first)) = (found.captions, sources[0].dataset.meta().captions) else {
+                return refuse(
+                    "captions are asked for, but there are none; name their column as `data.columns.caption`".into(),
+                );
+            };
+            if tokens == 0 || captions.dim != first.dim {
+                return refuse(format!(
+                    "captions of {tokens} tokens of {} numbers are asked for; here tokens have {}",
+                    first.dim, captions.dim
+                ));
+            }
         }
         if lanes.is_empty() || lanes.end > order.options().lanes {
             return refuse(format!("lanes {lanes:?} were asked for; there are {}", order.options().lanes));

@@ -7,6 +7,7 @@ use super::buffers::widen;
 use super::plan::{Job, Slot};
 use super::window::{Loaded, Window};
 use super::{Context, MicroBatch};
+use crate::captions;
 use crate::direct::Wanted;
 use crate::draws::{Key, Purpose, fill_normal};
 use crate::fixed::add_posterior_noise;
@@ -35,10 +36,14 @@ impl Filler {
         self.flipped.clear();
         for (batch, slots) in batches.iter_mut().zip(slots.chunks(micro_batch)) {
             self.draw_flips(context, batch, slots.len());
+            let mut choices = key(context, batch, Purpose::Caption).rng();
             for slot in slots {
                 let (window, loaded) = windows[slot.window as usize];
                 let (block, row) = loaded.place(slot.at);
                 batch.labels.extend(block.labels().get(row));
+                if let Some((batch, (stored, row))) = batch.captions.as_mut().zip(loaded.captions(slot.at)) {
+                    batch.push(stored, row, captions::choose(&mut choices, stored.count(row)));
+                }
                 batch.rows.push(loaded.row(slot.at));
                 batch.sources.push(window.source as u32);
                 for broken in loaded.broken(slot.at) {

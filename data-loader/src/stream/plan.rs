@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::window::Window;
-use super::{Context, Latents, MicroBatch, ROW_BYTES};
+use super::{Context, Latents, MicroBatch, ROW_BYTES, caption_bytes};
 use crate::order::{Memo, Pick};
 use crate::{DataError, Dtype};
 
@@ -41,6 +41,12 @@ pub(super) struct Planner {
 }
 
 impl Context {
+    /// Tokens and dim of the captions that micro-batches bring.
+    pub fn caption_form(&self) -> Option<(usize, usize)> {
+        let dim = self.sources[0].dataset.meta().captions?.dim;
+        Some((self.options.caption_tokens?, dim))
+    }
+
     /// The number type of a micro-batch and what its numbers are still to be multiplied by, where latents are used as
     /// stored: all sources have the same, and no posterior.
     pub fn stored_form(&self) -> Option<(Dtype, f32)> {
@@ -155,7 +161,8 @@ impl Planner {
 
     fn bytes(&self, shape: &[usize]) -> usize {
         let latent = shape.iter().product::<usize>() * self.form().0.bytes();
-        self.context.order.options().micro_batch * (latent + ROW_BYTES)
+        let caption = self.context.caption_form().map_or(0, |(tokens, dim)| caption_bytes(tokens, dim));
+        self.context.order.options().micro_batch * (latent + ROW_BYTES + caption)
     }
 
     /// Steps that are read together: so many that all lanes can have two jobs under way, where latents go from the file to
@@ -176,9 +183,9 @@ impl Planner {
         let Context { order, options, queue, sources, .. } = &*self.context;
         let numel = order.options().micro_batch * shape.iter().product::<usize>();
         let (dtype, scale) = self.form();
-        let (memory, (mut labels, mut rows, mut numbers, mut latent_shape)) = match queue.spare() {
-            Some(MicroBatch { x_start, labels, rows, sources, latent_shape, .. }) => {
-                (x_start.reuse(dtype, numel, scale), (labels, rows, sources, latent_shape))
+        let (memory, (mut labels, mut rows, mut numbers, mut latent_shape, captions)) = match queue.spare() {
+            Some(MicroBatch { x_start, labels, rows, sources, latent_shape, captions, .. }) => {
+                (x_start.reuse(dtype, numel, scale), (labels, rows, sources, latent_shape, captions))
             }
             None => Default::default(),
         };
@@ -194,6 +201,9 @@ impl Planner {
         numbers.clear();
         latent_shape.clear();
         latent_shape.extend_from_slice(shape);
-        Ok(MicroBatch { step, lane, x_start, latent_shape, labels, rows, sources: numbers, broken: Vec::new() })
+        let captions =
+            self.context.caption_form().map(|(tokens, dim)| captions.unwrap_or_default().emptied(tokens, dim));
+        let broken = Vec::new();
+        Ok(MicroBatch { step, lane, x_start, latent_shape, labels, captions, rows, sources: numbers, broken })
     }
 }

@@ -13,6 +13,7 @@ const OPTIONS: StreamOptions = StreamOptions {
     flip: Flip::Stored,
     num_classes: Some(10),
     threads: 2,
+    caption_tokens: None,
     allocator: &PlainMemory,
 };
 

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use super::Context;
 use crate::order::WindowRows;
 use crate::read::Want;
-use crate::{BrokenGroup, DataError, LatentDataset, RowBlock, RowOrder, RowRun};
+use crate::{BrokenGroup, CaptionBlock, DataError, LatentDataset, RowBlock, RowOrder, RowRun};
 
 /// What is left to read of a lane's shuffle window.
 pub(super) struct Window {
@@ -27,6 +27,8 @@ pub(super) struct Window {
 /// The rows of a window, in memory.
 pub(super) struct Loaded {
     blocks: Vec<RowBlock>,
+    /// Of the same rows; none where captions are not asked for.
+    captions: Vec<CaptionBlock>,
     /// The block and its row, of each position.
     places: Vec<(u32, u32)>,
     /// The rows that are read: some in place of those of broken row groups.
@@ -42,6 +44,12 @@ impl Loaded {
     pub fn place(&self, at: u32) -> (&RowBlock, usize) {
         let (block, row) = self.places[at as usize];
         (&self.blocks[block as usize], row as usize)
+    }
+
+    /// The captions that position number `at` of the window has, and its row in them.
+    pub fn captions(&self, at: u32) -> Option<(&CaptionBlock, usize)> {
+        let (block, row) = self.places[at as usize];
+        Some((self.captions.get(block as usize)?, row as usize))
     }
 
     /// The data set row of a position.
@@ -95,7 +103,12 @@ impl Window {
         for block in &blocks {
             dataset.check_labels(block, context.options.num_classes)?;
         }
-        let _ = self.loaded.set(Loaded { blocks, places, rows, replaced, direct });
+        let mut captions = Vec::new();
+        for runs in runs.iter().filter(|_| context.options.caption_tokens.is_some()) {
+            let Some(read) = wait_for(dataset, stopped, dataset.caption_runs(runs)) else { return Ok(None) };
+            captions.push(read?);
+        }
+        let _ = self.loaded.set(Loaded { blocks, captions, places, rows, replaced, direct });
         Ok(Some(()))
     }
 

@@ -96,6 +96,8 @@ impl Data {
             flip: config.data.flip,
             num_classes: Some(self.num_classes),
             threads: config.data.threads as usize,
+            // No model takes captions yet.
+            caption_tokens: None,
             allocator: batch_memory(self.experiment.device),
         };
         let (sources, order, lanes) = (self.sources.clone(), self.order.clone(), self.experiment.block.range());

@@ -32,7 +32,7 @@ impl Place {
 /// What the columns of a data set are called.
 #[derive(Args)]
 pub struct ColumnNames {
-    /// Name of a column, as `latent_mean=mu`; keys: latent, latent_mean, latent_logvar, latent_flipped, label, id, shape.
+    /// Name of a column, as `latent_mean=mu`; keys: latent, latent_mean, latent_logvar, latent_flipped, label, id, shape, caption, caption_mask.
     #[arg(long = "column", value_name = "KEY=NAME")]
     columns: Vec<String>,
 }
