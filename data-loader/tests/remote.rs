@@ -13,6 +13,7 @@ use data_loader::{
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
+use stores::profile::Environment;
 use stores::testing::{FaultyProxy, MiniS3};
 use stores::{ReadError, ReadOptions};
 
@@ -104,7 +105,10 @@ fn retry() -> RetryConfig {
 }
 
 fn client() -> ClientOptions {
-    ClientOptions::new().with_allow_http(true).with_timeout(Duration::from_secs(30))
+    ClientOptions::new()
+        .with_allow_http(true)
+        .with_read_timeout(Duration::from_secs(1))
+        .with_timeout(Duration::from_secs(30))
 }
 
 /// A client of a [`MiniS3`], perhaps through a proxy.
@@ -227,7 +231,7 @@ fn epochs_of_a_real_server() {
     through.set_port(Some(proxy.address().port())).unwrap();
     let store: Arc<dyn ObjectStore> = match url.scheme() {
         "s3" => Arc::new(
-            AmazonS3Builder::from_env()
+            s3_settings(AmazonS3Builder::from_env())
                 .with_url(url.as_str())
                 .with_endpoint(through.as_str().trim_end_matches('/'))
                 .with_client_options(client())
@@ -250,6 +254,12 @@ fn epochs_of_a_real_server() {
     let (requests, faults) = proxy.counts();
     assert!(requests > 200 && faults > requests / 20, "{faults} of {requests} requests went wrong");
     println!("{faults} of {requests} requests went wrong");
+}
+
+/// With what the profile files say.
+fn s3_settings(builder: AmazonS3Builder) -> AmazonS3Builder {
+    let settings = stores::profile::s3_settings(&Environment::of_process()).unwrap();
+    settings.into_iter().fold(builder, |builder, (key, value)| builder.with_config(key.parse().unwrap(), value))
 }
 
 /// The server on this machine that the environment names.

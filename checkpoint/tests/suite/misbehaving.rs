@@ -177,6 +177,29 @@ fn other_bytes_under_our_name_fence_us() {
     assert!(matches!(store.newest_valid(), Err(CheckpointError::AllDamaged { .. })));
 }
 
+/// A store that overwrites where it should refuse: both processes have read their own record back, one before the other wrote.
+#[test]
+fn of_two_winners_of_one_create_the_overwritten_one_commits_nothing() {
+    let run = |store: &Arc<Misbehaving>| {
+        RunStore::over(store.clone(), "some/prefix", "test://bucket/run", StoreOptions::default()).unwrap()
+    };
+    let stores = [(); 2].map(|()| Arc::new(Misbehaving::default()));
+    let [first, second] = [run(&stores[0]), run(&stores[1])];
+    assert_eq!((claim(&first, None), claim(&second, None)), (1, 1));
+    let path = Path::from("some/prefix/attempts/0001.json");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let theirs = stores[1].get(&path).await.unwrap().bytes().await.unwrap();
+        stores[0].put(&path, theirs.into()).await.unwrap();
+    });
+    let error = try_save(&first, 1, 10).unwrap_err();
+    assert!(
+        matches!(&error, CheckpointError::Fenced { attempt: 1, reason, .. } if reason.contains("two creates win")),
+        "{error}"
+    );
+    assert_eq!(first.committed().unwrap(), []);
+}
+
 #[test]
 fn a_store_that_never_answers_fails_in_time_and_by_name() {
     for (on, fault) in

@@ -14,6 +14,7 @@ mod mixing;
 mod objectives;
 mod same_bits;
 mod sampling;
+mod servers;
 mod stopping;
 mod telemetry;
 mod validation;
