@@ -19,6 +19,7 @@
 //! | [`exit`] | the exit codes of the programs |
 
 pub mod cache;
+pub mod cluster;
 mod columns;
 pub mod error;
 mod event_text;
@@ -38,6 +39,7 @@ mod urls;
 pub mod validation;
 
 pub use cache::CacheConfig;
+pub use cluster::{Bind, ClusterConfig, KubernetesConfig, SlurmConfig, SlurmMpi};
 pub use error::{ConfigError, Mistake};
 pub use fid::FidConfig;
 pub use resume::{KeyChange, changed_experiment_keys};

@@ -15,6 +15,7 @@ use crate::validation::loss_metric;
 use crate::{location, overrides, presets};
 
 mod cache;
+mod cluster;
 mod diffusion;
 mod fid;
 mod finetune;
@@ -156,12 +157,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
             tensorboard: r.boolean("log.tensorboard", true),
         },
         collective: CollectiveConfig { timeout_s: r.integer("collective.timeout_s", 1..=604_800, 600) },
-        cluster: ClusterConfig {
-            nodes: r.integer("cluster.nodes", 1..=MAX_LANES as u64, 1) as usize,
-            procs_per_node: r
-                .optional_integer("cluster.procs_per_node", 1..=MAX_LANES as u64)
-                .map(|procs| procs as usize),
-        },
+        cluster: cluster::read(r),
     }
 }
 

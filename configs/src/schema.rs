@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::CacheConfig;
+use crate::cluster::ClusterConfig;
 use crate::fid::FidConfig;
 use crate::sampler::{GuidedChannels, Sampler};
 use crate::urls::Urls;
@@ -653,15 +654,6 @@ pub struct LogConfig {
 pub struct CollectiveConfig {
     /// Seconds after which a rank gives up waiting for the others, 1 to 604800.
     pub timeout_s: u64,
-}
-
-/// `[cluster]`
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct ClusterConfig {
-    /// Machines, at least 1.
-    pub nodes: usize,
-    /// Ranks per machine; `None`: the launcher decides.
-    pub procs_per_node: Option<usize>,
 }
 
 impl RunConfig {

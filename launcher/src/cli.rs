@@ -1,8 +1,9 @@
 //! What was typed.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
@@ -25,10 +26,14 @@ pub struct Cli {
     /// Ranks per machine [default: its GPUs, or its cores over train.threads_per_rank, rounded down to fit the lanes].
     #[arg(long, value_name = "P", value_parser = clap::value_parser!(u32).range(1..))]
     pub procs_per_node: Option<u32>,
-    /// Host names, separated by commas.
-    #[arg(long, value_name = "HOST,…", value_delimiter = ',')]
+    /// Host names, separated by commas [default: cluster.hosts of the config].
+    #[arg(long, value_name = "HOST,…", value_delimiter = ',', value_parser = host)]
     pub hosts: Vec<String>,
-    /// Engine that starts the ranks [default: local on one machine, else mpirun].
+    /// A file of host names, one a line; what follows a name (slots=8) and comments (#) are passed over.
+    #[arg(long, value_name = "FILE", conflicts_with = "hosts")]
+    pub hostfile: Option<PathBuf>,
+    /// Engine that starts the ranks [default: slurm inside a Slurm allocation, local on one machine, else mpirun]. Outside of an
+    /// allocation slurm submits a batch script; kubernetes prints a manifest.
     #[arg(long, value_enum)]
     pub via: Option<Via>,
     /// Override a key of the config, e.g. --set train.steps=100. May be repeated.
@@ -99,20 +104,80 @@ impl std::fmt::Display for Via {
     }
 }
 
+/// A name that no program takes for an option.
+fn host(text: &str) -> Result<String, String> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    match !text.is_empty() && !text.starts_with('-') && text.chars().all(is_name) {
+        true => Ok(text.to_owned()),
+        false => Err(format!("{text:?} is no host name or IPv4 address")),
+    }
+}
+
 impl Cli {
     /// The part of the command line that the plan depends on.
-    pub fn request(&self) -> Request {
-        Request {
+    ///
+    /// # Errors
+    /// A host file that cannot be read or names no host.
+    pub fn request(&self) -> anyhow::Result<Request> {
+        let hosts = match &self.hostfile {
+            None => self.hosts.clone(),
+            Some(file) => read_hosts(file).with_context(|| format!("--hostfile {}", file.display()))?,
+        };
+        Ok(Request {
             nodes: self.nodes.map(|nodes| nodes as usize),
             procs_per_node: self.procs_per_node.map(|procs| procs as usize),
-            hosts: self.hosts.clone(),
+            hosts,
             via: self.via,
+            allocation: allocated_nodes(|name| std::env::var(name).ok()),
             job: match self.command {
                 None => Job::Train,
                 Some(Command::Sample { .. }) => Job::Sample,
                 Some(Command::Validate { .. }) => Job::Validate,
                 Some(Command::Evaluate { .. }) => Job::Evaluate,
             },
-        }
+        })
+    }
+}
+
+fn read_hosts(file: &Path) -> anyhow::Result<Vec<String>> {
+    let text = std::fs::read_to_string(file)?;
+    let lines = text.lines().map(|line| line.split('#').next().unwrap_or_default());
+    let names = lines.filter_map(|line| line.split_whitespace().next());
+    let hosts = names.map(|name| host(name).map_err(anyhow::Error::msg)).collect::<anyhow::Result<Vec<String>>>()?;
+    anyhow::ensure!(!hosts.is_empty(), "names no host; expected one a line");
+    Ok(hosts)
+}
+
+/// Nodes of the Slurm allocation that this process is in, if it is in one and no rank itself.
+fn allocated_nodes(variable: impl Fn(&str) -> Option<String>) -> Option<usize> {
+    variable("SLURM_JOB_ID")?;
+    variable("SLURM_JOB_NUM_NODES")?.parse().ok()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_file_of_mpirun_or_of_kubernetes_gives_its_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("hostfile");
+        std::fs::write(&file, "# nodes\nada slots=8\n\nbob.lan:4\n").unwrap();
+        assert!(read_hosts(&file).unwrap_err().to_string().contains("bob.lan:4"));
+        std::fs::write(&file, "# nodes\nada slots=8\n\n  10.0.0.2 # spare\n").unwrap();
+        assert_eq!(read_hosts(&file).unwrap(), ["ada", "10.0.0.2"]);
+        std::fs::write(&file, "# nobody\n").unwrap();
+        assert!(read_hosts(&file).unwrap_err().to_string().contains("names no host"));
+        assert!(host("--mca").is_err() && host("a b").is_err() && host("").is_err());
+    }
+
+    #[test]
+    fn an_allocation_is_known_by_its_job() {
+        let of = |pairs: &'static [(&str, &str)]| {
+            allocated_nodes(|name| pairs.iter().find(|pair| pair.0 == name).map(|pair| pair.1.to_owned()))
+        };
+        assert_eq!(of(&[("SLURM_JOB_ID", "7"), ("SLURM_JOB_NUM_NODES", "4")]), Some(4));
+        assert_eq!(of(&[("SLURM_JOB_NUM_NODES", "4")]), None);
     }
 }

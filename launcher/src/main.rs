@@ -10,13 +10,15 @@ mod machine;
 mod plan;
 mod supervise;
 
-use std::process::ExitCode;
+use std::io::{ErrorKind, Write};
+use std::process::{Command, ExitCode, Stdio};
 
+use anyhow::Context;
 use clap::Parser;
 use configs::{ConfigError, RunConfig, exit};
 
 use crate::cli::Cli;
-use crate::cluster::{NotBuilt, TrainerCall};
+use crate::cluster::{ClusterError, Handover, Start, TrainerCall};
 use crate::machine::Machine;
 use crate::plan::{Plan, PlanError};
 
@@ -33,25 +35,51 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<i32> {
     let config = RunConfig::load(&cli.config, &cli.set)?;
-    let plan = Plan::new(&config, &cli.request(), &Machine::this_host())?;
+    let plan = Plan::new(&config, &cli.request()?, &Machine::this_host())?;
     let trainer = TrainerCall::new(cli)?;
-    let cluster = cluster::for_plan(&plan);
-    let command = cluster.command(&plan, &trainer);
+    let start = cluster::for_plan(&plan, &config).start(&plan, &trainer);
     if cli.dry_run {
-        // A plan is worth seeing even where its engine is not built; it touches no store and no host.
-        plan::show(&plan, command.as_ref(), cli.json);
-        return Ok(exit::OK);
+        // A plan is worth seeing even where something is missing for its start; it touches no store and no host.
+        return match plan::show(&plan, start.as_ref(), cli.json) {
+            // Who has read enough of it closes the pipe.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(exit::OK),
+            shown => Ok(shown.map(|()| exit::OK)?),
+        };
     }
     for note in &plan.notes {
         supervise::say(&format!("launcher: note: {note}"));
     }
-    let command = command?;
-    trainer.check()?;
-    supervise::run(&command, &plan)
+    match start? {
+        Start::Engine(command) => {
+            trainer.check()?;
+            supervise::run(&command, &plan)
+        }
+        Start::Handover(handover) => hand_over(&handover),
+    }
+}
+
+/// Gives the text to the scheduler, or to whoever reads the output.
+fn hand_over(Handover { text, submit }: &Handover) -> anyhow::Result<i32> {
+    let Some((program, arguments)) = submit.split_first() else {
+        std::io::stdout().write_all(text.as_bytes()).context("writing the manifest")?;
+        return Ok(exit::OK);
+    };
+    let mut process = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start {}; is this a login node of the cluster?", program.display()))?;
+    if let Some(mut stdin) = process.stdin.take() {
+        // A program that does not read says why itself.
+        let _ = stdin.write_all(text.as_bytes());
+    }
+    let ended = process.wait().with_context(|| format!("waiting for {}", program.display()))?;
+    anyhow::ensure!(ended.success(), "{} refused the job ({ended})", program.display());
+    Ok(exit::OK)
 }
 
 /// Mistakes of the caller are told from failures of the run: repeating the same command would be useless.
 fn code_of(error: &anyhow::Error) -> i32 {
-    let usage = error.is::<ConfigError>() || error.is::<PlanError>() || error.is::<NotBuilt>();
+    let usage = error.is::<ConfigError>() || error.is::<PlanError>() || error.is::<ClusterError>();
     if usage { exit::USAGE } else { exit::FAILED }
 }

@@ -2,6 +2,7 @@
 //! what a machine has.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 
 use configs::lanes::allowed_world_sizes;
 use configs::{Device, RunConfig, location};
@@ -9,7 +10,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::cli::Via;
-use crate::cluster::{EngineCommand, NotBuilt};
+use crate::cluster::{ClusterError, Start};
 use crate::machine::Machine;
 
 /// What the ranks are started for.
@@ -38,6 +39,8 @@ pub struct Request {
     pub hosts: Vec<String>,
     /// `--via`
     pub via: Option<Via>,
+    /// Nodes of the Slurm allocation that the launcher runs in.
+    pub allocation: Option<usize>,
     /// The command.
     pub job: Job,
 }
@@ -49,6 +52,8 @@ pub struct Plan {
     pub job: Job,
     /// What starts the ranks.
     pub via: Via,
+    /// The machines are there already: those of a Slurm allocation.
+    pub is_allocated: bool,
     /// Machines that compute.
     pub nodes: usize,
     /// Machines that were offered and are not used, counted from 0, because ranks come in powers of two.
@@ -112,6 +117,16 @@ pub enum PlanError {
         /// Names given.
         hosts: Vec<String>,
     },
+    /// More machines than the allocation has.
+    #[error(
+        "--nodes {nodes} asks for more machines than this Slurm allocation has ({allocated}); leave --nodes out to use all of them"
+    )]
+    Allocation {
+        /// Machines asked for.
+        nodes: usize,
+        /// Machines of the allocation.
+        allocated: usize,
+    },
     /// CUDA was demanded and is not there.
     #[error(
         "train.device = \"cuda\", but this machine shows no NVIDIA GPU; use --set train.device=cpu, or look at CUDA_VISIBLE_DEVICES and the driver"
@@ -130,12 +145,27 @@ impl Plan {
     /// A world size that the lanes do not allow, fewer host names than nodes, CUDA demanded where there is none.
     pub fn new(config: &RunConfig, request: &Request, machine: &Machine) -> Result<Plan, PlanError> {
         let train = &config.train;
-        let named = (!request.hosts.is_empty()).then_some(request.hosts.len());
-        let offered = request.nodes.or(named).unwrap_or(config.cluster.nodes);
-        if named.is_some_and(|named| offered > named) {
-            return Err(PlanError::Hosts { nodes: offered, hosts: request.hosts.clone() });
+        let hosts = if request.hosts.is_empty() { &config.cluster.hosts } else { &request.hosts };
+        let named = (!hosts.is_empty()).then_some(hosts.len());
+        let is_allocated =
+            request.allocation.is_some() && matches!(request.via, None | Some(Via::Slurm)) && named.is_none();
+        let there = if is_allocated { request.allocation } else { named };
+        let offered = request.nodes.or(there).unwrap_or(config.cluster.nodes);
+        if let Some(there) = there.filter(|there| offered > *there) {
+            return Err(match is_allocated {
+                true => PlanError::Allocation { nodes: offered, allocated: there },
+                false => PlanError::Hosts { nodes: offered, hosts: hosts.clone() },
+            });
         }
-        let via = request.via.unwrap_or(if offered == 1 && named.is_none() { Via::Local } else { Via::Mpirun });
+        let via = request.via.unwrap_or(match is_allocated {
+            true => Via::Slurm,
+            false if offered == 1 && named.is_none() => Via::Local,
+            false => Via::Mpirun,
+        });
+        let machine = &Machine {
+            cores: config.cluster.cores_per_node.unwrap_or(machine.cores),
+            gpus: config.cluster.gpus_per_node.unwrap_or(machine.gpus),
+        };
         let device = device(train.device, machine, via)?;
         let job = request.job;
         let allowed = allowed_world_sizes(train.lanes);
@@ -163,9 +193,10 @@ impl Plan {
         let mut plan = Plan {
             job,
             via,
+            is_allocated,
             nodes,
             idle_nodes: (nodes..offered).collect(),
-            hosts: request.hosts.clone(),
+            hosts: hosts.clone(),
             procs_per_node,
             world_size,
             allowed_world_sizes: allowed,
@@ -232,46 +263,61 @@ fn join(sizes: &[usize]) -> String {
 }
 
 /// Prints the plan, as a table or as one JSON object with the engine's command.
-pub fn show(plan: &Plan, command: Result<&EngineCommand, &NotBuilt>, as_json: bool) {
-    let argv = command.map(EngineCommand::shown);
+///
+/// # Errors
+/// When the output cannot be written.
+pub fn show(plan: &Plan, start: Result<&Start, &ClusterError>, as_json: bool) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let argv = start.map(Start::shown);
+    let handover = start.ok().and_then(|start| match start {
+        Start::Handover(handover) => Some(handover.text.as_str()),
+        Start::Engine(_) => None,
+    });
     if as_json {
         let mut value = json!(plan);
         value["command"] = json!(argv.as_ref().ok());
-        value["env"] = json!(command.ok().map(|command| command.env.iter().cloned().collect::<BTreeMap<_, _>>()));
-        value["not_built"] = json!(command.err().map(ToString::to_string));
-        println!("{value:#}");
-        return;
+        value["env"] = json!(start.ok().map(|start| start.env().iter().cloned().collect::<BTreeMap<_, _>>()));
+        value["handover"] = json!(handover);
+        value["missing"] = json!(start.err().map(ToString::to_string));
+        return writeln!(out, "{value:#}");
     }
     match plan.job {
-        Job::Train => println!("run           {}, {} steps", plan.run_url, plan.steps),
-        Job::Sample => println!("run           {}, sampling", plan.run_url),
-        Job::Validate => println!("run           {}, validation", plan.run_url),
-        Job::Evaluate => println!("run           {}, evaluation", plan.run_url),
+        Job::Train => writeln!(out, "run           {}, {} steps", plan.run_url, plan.steps)?,
+        Job::Sample => writeln!(out, "run           {}, sampling", plan.run_url)?,
+        Job::Validate => writeln!(out, "run           {}, validation", plan.run_url)?,
+        Job::Evaluate => writeln!(out, "run           {}, evaluation", plan.run_url)?,
     }
-    println!("engine        {}", plan.via);
-    println!("nodes         {} × {} ranks = world size {}", plan.nodes, plan.procs_per_node, plan.world_size);
+    writeln!(out, "engine        {}", plan.via)?;
+    writeln!(out, "nodes         {} × {} ranks = world size {}", plan.nodes, plan.procs_per_node, plan.world_size)?;
     if plan.job == Job::Train {
-        println!(
+        writeln!(
+            out,
             "lanes         {}, {} per rank (allowed world sizes: {})",
             plan.lanes,
             plan.lanes_per_rank,
             join(&plan.allowed_world_sizes)
-        );
-        println!("global batch  {} = {} lanes × {}", plan.global_batch, plan.lanes, plan.micro_batch);
+        )?;
+        writeln!(out, "global batch  {} = {} lanes × {}", plan.global_batch, plan.lanes, plan.micro_batch)?;
     }
-    println!(
+    writeln!(
+        out,
         "a rank        {}, {} thread(s); {} core(s) of a node idle",
         json!(plan.device).as_str().unwrap_or_default(),
         plan.threads_per_rank,
         plan.idle_cores_per_node
-    );
+    )?;
     match argv {
-        Ok(argv) => println!("command       {}", argv.join(" ")),
-        Err(not_built) => println!("command       none: {not_built}"),
+        Ok(argv) if argv.is_empty() => {}
+        Ok(argv) => writeln!(out, "command       {}", argv.join(" "))?,
+        Err(missing) => writeln!(out, "command       none: {missing}")?,
     }
     for note in &plan.notes {
-        println!("note          {note}");
+        writeln!(out, "note          {note}")?;
     }
+    if let Some(text) = handover {
+        writeln!(out, "\n{text}")?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

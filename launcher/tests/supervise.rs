@@ -51,16 +51,29 @@ impl Bench {
     }
 
     fn start(&self, arguments: &[&str]) -> Child {
+        self.start_with(&[], arguments)
+    }
+
+    fn start_with(&self, variables: &[(&str, &str)], arguments: &[&str]) -> Child {
         let _guard = SPAWNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         Command::new(self.path("launcher"))
             .current_dir(self.folder.path())
             .args(["--config", "run.toml"])
             .args(arguments)
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap()
+    }
+
+    /// Another program in this folder; gives a PATH on which it comes first.
+    fn program(&self, name: &str, text: &str) -> String {
+        let _guard = SPAWNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        fs::write(self.path(name), format!("#!/bin/bash\n{text}\n")).unwrap();
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o755)).unwrap();
+        format!("{}:{}", self.folder.path().display(), std::env::var("PATH").unwrap())
     }
 
     /// Runs to the end with `procs` ranks.
@@ -313,17 +326,19 @@ fn a_dry_run_prints_the_plan_and_starts_nothing() {
     assert!(command.ends_with(&["--config", bench.path("run.toml").to_str().unwrap(), "--set", "train.steps=20"]));
     let many = plan(&["--nodes", "3", "--procs-per-node", "1"]);
     assert_eq!((&many["nodes"], &many["idle_nodes"]), (&serde_json::json!(2), &serde_json::json!([2])));
-    assert!(many["command"].is_null() && many["not_built"].is_string());
+    assert!(many["command"].is_null() && many["missing"].as_str().unwrap().contains("--hostfile FILE"));
     assert!(!bench.path("started").exists());
 }
 
 #[test]
-fn what_is_not_built_or_not_possible_is_refused_and_nothing_starts() {
+fn what_lacks_something_or_is_not_possible_is_refused_and_nothing_starts() {
     let bench = Bench::new("touch started");
     for (arguments, said) in [
-        (&["--nodes", "2"][..], "not built yet"),
-        (&["--via", "slurm"], "not built yet"),
-        (&["--hosts", "ada,bob"], "not built yet"),
+        (&["--nodes", "2"][..], "--hosts a,b,…"),
+        (&["--via", "kubernetes"], "cluster.kubernetes.image"),
+        (&["--via", "local", "--hosts", "ada,bob"], "leave them out"),
+        (&["--hosts=-mca,bob"], "no host name"),
+        (&["--set", "cluster.hosts=[\"ada;rm\"]"], "cluster.hosts"),
         (&["--procs-per-node", "3"], "allowed world sizes are 1, 2, 4"),
         (&["--procs-per-node", "8"], "allowed world sizes are 1, 2, 4"),
         (&["--json"], "--dry-run"),
@@ -356,4 +371,77 @@ fn three_mistakes_in_a_config_are_three_lines() {
         assert!(ended.stderr.contains(key), "{key}: {}", ended.stderr);
     }
     assert!(!bench.path("started").exists());
+}
+
+/// Starts as many tasks as it is asked for, labels their lines as srun does, and says how they ended.
+const SRUN: &str = r#"
+for word; do
+    case $word in --ntasks=*) tasks=${word#*=};; --*) ;; *) break;; esac
+    shift
+done
+pids=()
+trap 'kill -USR1 "${pids[@]}"' USR1
+for task in $(seq 0 $((tasks - 1))); do
+    { OMPI_COMM_WORLD_RANK=$task "$@" 2> >(sed -u "s/^/$task: /" >&2); code=$?
+      [ $code = 0 ] || echo "srun: error: sn$task: task $task: Exited with exit code $code" >&2
+      exit $code; } > >(sed -u "s/^/$task: /") &
+    pids+=($!)
+done
+worst=0
+for pid in "${pids[@]}"; do wait "$pid"; code=$?; [ $code -gt $worst ] && worst=$code; done
+sleep 0.2
+exit $worst"#;
+
+#[test]
+fn in_a_slurm_allocation_ranks_run_under_srun_and_are_told_apart() {
+    let start = |bench: &Bench, nodes| {
+        let path = bench.program("srun", SRUN);
+        bench.start_with(
+            &[("PATH", &path), ("SLURM_JOB_ID", "7"), ("SLURM_JOB_NUM_NODES", nodes)],
+            &["--procs-per-node", "1"],
+        )
+    };
+    let trainer = format!("[ $RANK = 0 ] && {{ {START}; {DONE}; }}; echo \"hello of $RANK\"");
+    let ended = finish(start(&Bench::new(&trainer), "2"));
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert!(
+        ended.stdout.contains("[rank 0] hello of 0") && ended.stdout.contains("[rank 1] hello of 1"),
+        "{}",
+        ended.stdout
+    );
+
+    let trainer = format!(
+        "[ $RANK = 0 ] && {START}; [ $RANK = 3 ] && {{ echo 'trainer: error: part.parquet: cut off' >&2; exit 1; }}; exit 0"
+    );
+    let ended = finish(start(&Bench::new(&trainer), "4"));
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert!(
+        ended.last_line().contains("rank 3 failed") && ended.last_line().contains("part.parquet: cut off"),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[test]
+fn from_a_login_node_a_job_is_submitted_that_runs_this_launcher() {
+    let bench = Bench::new("touch started");
+    let path = bench.program("sbatch", "cat > \"$(dirname \"$0\")/job.sh\"; echo 4711");
+    let submit = ["--via", "slurm", "--nodes", "2", "--procs-per-node", "2", "--set", "train.steps=20"];
+    let ended = finish(bench.start_with(&[("PATH", &path)], &submit));
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), "4711\n"), "{}", ended.stderr);
+    let job = fs::read_to_string(bench.path("job.sh")).unwrap();
+    let launcher = bench.path("launcher");
+    assert!(
+        job.contains(&format!("'{}' '--config' '{}'", launcher.display(), bench.path("run.toml").display())),
+        "{job}"
+    );
+    assert!(!job.contains("hunter2") && !bench.path("started").exists(), "{job}");
+    let path = bench.program("sbatch", "cat > /dev/null; echo 'sbatch: error: invalid partition' >&2; exit 1");
+    let ended = finish(bench.start_with(&[("PATH", &path)], &submit));
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended.stderr.contains("invalid partition") && ended.last_line().contains("sbatch refused"),
+        "{}",
+        ended.stderr
+    );
 }

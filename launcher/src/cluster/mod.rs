@@ -1,35 +1,90 @@
-//! Engines that start ranks. An engine turns a plan into one command; the launcher starts and watches that command.
+//! Engines that start ranks. An engine turns a plan into one command, which the launcher starts and watches, or into something
+//! that it hands over: a batch script, a manifest.
 
-mod local;
+mod kubernetes;
+mod mpirun;
+mod slurm;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use configs::location;
+use configs::events::{EVENTS_STDOUT, EVENTS_VARIABLE};
+use configs::{RunConfig, location};
 
 use crate::cli::{Cli, Command, Via};
 use crate::plan::Plan;
 
 /// An engine on which a plan can be started.
 pub trait Cluster {
-    /// The command that starts all ranks of the plan and ends when they have ended.
+    /// What starts all ranks of the plan.
     ///
     /// # Errors
-    /// This engine cannot run this plan yet.
-    fn command(&self, plan: &Plan, trainer: &TrainerCall) -> Result<EngineCommand, NotBuilt>;
+    /// What is missing for it, with the remedy.
+    fn start(&self, plan: &Plan, trainer: &TrainerCall) -> Result<Start, ClusterError>;
 }
 
-/// An engine that has no code yet.
+/// How a plan is started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// By a command of this machine that ends when the ranks have ended.
+    Engine(EngineCommand),
+    /// By somebody else, later.
+    Handover(Handover),
+}
+
+/// Why an engine cannot start a plan.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "running on {nodes} node(s) via {via} is not built yet; use --nodes 1 --via local without --hosts, or --dry-run to see the plan"
-)]
-pub struct NotBuilt {
-    /// The engine asked for.
-    pub via: Via,
-    /// Nodes of the plan.
-    pub nodes: usize,
+pub enum ClusterError {
+    /// Machines without names.
+    #[error(
+        "{nodes} nodes via mpirun need their names: give --hosts a,b,…, --hostfile FILE or cluster.hosts; inside a Slurm allocation \
+         none are needed; from its login node use --via slurm"
+    )]
+    NoHosts {
+        /// Nodes of the plan.
+        nodes: usize,
+    },
+    /// Names that the engine has no use for.
+    #[error(
+        "--hosts and cluster.hosts are for mpirun; {via} chooses its own machines: leave them out or use --via mpirun"
+    )]
+    Hosts {
+        /// The engine asked for.
+        via: Via,
+    },
+    /// One machine is not enough.
+    #[error("--via local is this machine alone; found {nodes} nodes: use --nodes 1, or --via mpirun with --hosts")]
+    NotLocal {
+        /// Nodes of the plan.
+        nodes: usize,
+    },
+    /// A key that this engine cannot do without.
+    #[error("`{key}` is missing, which --via {via} needs: {advice}")]
+    Missing {
+        /// The engine asked for.
+        via: Via,
+        /// The config's key.
+        key: &'static str,
+        /// What to give.
+        advice: &'static str,
+    },
+    /// Only training is handed over to a scheduler.
+    #[error("--via {via} hands training over to a scheduler; for another command start the launcher inside of a job")]
+    NotTraining {
+        /// The engine asked for.
+        via: Via,
+    },
+    /// What is handed over is read by others.
+    #[error(
+        "`{key}` holds credentials, which would be written into a manifest; take them out of the URL and use {remedy}"
+    )]
+    Secret {
+        /// The config's key.
+        key: &'static str,
+        /// Where they belong.
+        remedy: &'static str,
+    },
 }
 
 /// One process that runs the whole group.
@@ -43,6 +98,15 @@ pub struct EngineCommand {
     pub output: Output,
 }
 
+/// Something for a scheduler.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Handover {
+    /// A batch script or a manifest.
+    pub text: String,
+    /// The program that takes the text on its standard input; none: the text is printed.
+    pub submit: Vec<OsString>,
+}
+
 /// Whose lines an engine's output holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Output {
@@ -50,12 +114,29 @@ pub enum Output {
     RankZero,
     /// Pieces are marked `[job,RANK]<stdout>:`; unmarked ones are mpirun's own.
     Tagged,
+    /// Lines begin with `RANK: `; others are srun's own.
+    Labelled,
 }
 
-impl EngineCommand {
-    /// The arguments for people to read: no credentials.
+fn shown(argv: &[OsString]) -> Vec<String> {
+    argv.iter().map(|argument| location::redact(&argument.to_string_lossy())).collect()
+}
+
+impl Start {
+    /// The arguments of what is started, for people to read: no credentials.
     pub fn shown(&self) -> Vec<String> {
-        self.argv.iter().map(|argument| location::redact(&argument.to_string_lossy())).collect()
+        match self {
+            Start::Engine(command) => shown(&command.argv),
+            Start::Handover(handover) => shown(&handover.submit),
+        }
+    }
+
+    /// Variables that are set for it.
+    pub fn env(&self) -> &[(&'static str, String)] {
+        match self {
+            Start::Engine(command) => &command.env,
+            Start::Handover(_) => &[],
+        }
     }
 }
 
@@ -95,29 +176,50 @@ impl TrainerCall {
     }
 
     fn argv(&self) -> Vec<OsString> {
-        let mut argv: Vec<OsString> =
-            vec![self.program.clone().into(), self.command.into(), "--config".into(), self.config.clone().into()];
+        let mut argv: Vec<OsString> = vec![self.program.clone().into(), self.command.into()];
+        argv.extend(self.what_to_train(&self.config));
+        argv.extend(self.options.iter().cloned());
+        argv
+    }
+
+    /// The launcher that is to do later, elsewhere, what this one was asked to.
+    fn launcher(&self, config: &Path) -> Vec<OsString> {
+        let mut argv: Vec<OsString> = vec![self.program.with_file_name("launcher").into()];
+        argv.extend(self.what_to_train(config));
+        argv
+    }
+
+    fn what_to_train(&self, config: &Path) -> Vec<OsString> {
+        let mut argv: Vec<OsString> = vec!["--config".into(), config.into()];
         for pair in &self.overrides {
             argv.extend(["--set".into(), pair.into()]);
         }
-        argv.extend(self.options.iter().cloned());
         argv
     }
 }
 
 /// The engine that a plan is to be started with.
-pub fn for_plan(plan: &Plan) -> Box<dyn Cluster> {
+pub fn for_plan(plan: &Plan, config: &RunConfig) -> Box<dyn Cluster> {
+    let cluster = config.cluster.clone();
     match plan.via {
-        Via::Local => Box::new(local::Local::this_user()),
-        Via::Mpirun | Via::Slurm | Via::Kubernetes => Box::new(Unbuilt),
+        Via::Local | Via::Mpirun => Box::new(mpirun::Mpirun::of_this_user(cluster)),
+        Via::Slurm => Box::new(slurm::Slurm { config: cluster }),
+        Via::Kubernetes => Box::new(kubernetes::Kubernetes { config: config.clone() }),
     }
 }
 
-/// Stands for the engines that are still to come: plans can be seen, not run.
-struct Unbuilt;
-
-impl Cluster for Unbuilt {
-    fn command(&self, plan: &Plan, _: &TrainerCall) -> Result<EngineCommand, NotBuilt> {
-        Err(NotBuilt { via: plan.via, nodes: plan.nodes })
-    }
+/// What ranks need in their environment.
+fn environment(threads_per_rank: usize) -> Vec<(&'static str, String)> {
+    let threads = threads_per_rank.to_string();
+    vec![
+        (EVENTS_VARIABLE, EVENTS_STDOUT.to_owned()),
+        // Threads are part of the experiment: set, and not changed at run time.
+        ("OMP_NUM_THREADS", threads.clone()),
+        ("MKL_NUM_THREADS", threads),
+        ("OMP_DYNAMIC", "FALSE".to_owned()),
+        ("MKL_DYNAMIC", "FALSE".to_owned()),
+    ]
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,7 +36,7 @@ impl Console {
     pub fn line(&self, line: &Line) {
         let text = match line.rank {
             Some(rank) => format!("[rank {rank}] {}", line.text),
-            None => format!("[mpirun] {}", line.text),
+            None => format!("[engine] {}", line.text),
         };
         match line.is_stderr {
             true => self.say(&text),

@@ -39,7 +39,7 @@ impl Demux {
     pub fn new(output: Output, is_stderr: bool) -> Demux {
         let home = match output {
             Output::RankZero => (Some(0), is_stderr),
-            Output::Tagged => (None, is_stderr),
+            Output::Tagged | Output::Labelled => (None, is_stderr),
         };
         Demux { output, home, current: home, unfinished: BTreeMap::new(), pending: Vec::new() }
     }
@@ -48,7 +48,9 @@ impl Demux {
     pub fn push(&mut self, bytes: &[u8]) -> Vec<Line> {
         let mut lines = Vec::new();
         for &byte in bytes {
-            if self.output == Output::Tagged && (byte == b'[' || !self.pending.is_empty()) {
+            if self.output == Output::Labelled && self.is_at_start() {
+                self.push_label(byte, &mut lines);
+            } else if self.output == Output::Tagged && (byte == b'[' || !self.pending.is_empty()) {
                 self.push_mark(byte, &mut lines);
             } else {
                 self.push_text(byte, &mut lines);
@@ -68,6 +70,31 @@ impl Demux {
                 .map(|(writer, bytes)| line(writer, &bytes)),
         );
         lines
+    }
+
+    /// The line has not begun, or only with what may be a label.
+    fn is_at_start(&self) -> bool {
+        self.current == self.home && self.unfinished.get(&self.home).is_none_or(Vec::is_empty)
+    }
+
+    /// srun writes whole lines, each behind ` RANK: ` with blanks before shorter numbers.
+    fn push_label(&mut self, byte: u8, lines: &mut Vec<Line>) {
+        self.pending.push(byte);
+        let text = String::from_utf8_lossy(&self.pending);
+        if let Some(rank) = text.strip_suffix(": ") {
+            // Where nothing but a number stands before it, it is one.
+            if let Ok(rank) = rank.trim_start().parse() {
+                self.current = (Some(rank), self.home.1);
+                self.pending.clear();
+                return;
+            }
+        }
+        let number = text.trim_start_matches(' ');
+        let digits = number.trim_start_matches(|c: char| c.is_ascii_digit());
+        let could_be_label = digits.is_empty() || (digits == ":" && digits.len() < number.len());
+        if !could_be_label || self.pending.len() > 16 {
+            self.release(lines);
+        }
     }
 
     fn push_mark(&mut self, byte: u8, lines: &mut Vec<Line>) {
@@ -184,6 +211,23 @@ mod tests {
     fn brackets_in_text_stay_text() {
         let got = lines(Output::Tagged, &["[1,0]<stdout>:loss [0.1, 2][3,4] [1,2]<std> [[1,0\n"]);
         assert_eq!(got, [of(Some(0), "loss [0.1, 2][3,4] [1,2]<std> [[1,0")]);
+    }
+
+    #[test]
+    fn labelled_lines_belong_to_their_rank_wherever_they_are_cut() {
+        let text = "0: a: b\n 3: \n12: 7: c\nsrun: error: sn1: task 3: Killed\n12\nx";
+        let wanted = [
+            of(Some(0), "a: b"),
+            of(Some(3), ""),
+            of(Some(12), "7: c"),
+            of(None, "srun: error: sn1: task 3: Killed"),
+            of(None, "12"),
+            of(None, "x"),
+        ];
+        for cut in 0..text.len() {
+            let (head, tail) = text.split_at(cut);
+            assert_eq!(lines(Output::Labelled, &[head, tail]), wanted, "cut at {cut}");
+        }
     }
 
     #[test]

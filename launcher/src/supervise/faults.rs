@@ -69,7 +69,10 @@ impl Faults {
                 self.message = Some(message);
             }
             (None, false) if text.trim().is_empty() || text.starts_with("mpirun: Forwarding signal") => {}
-            (None, false) => return vec![text.to_owned()],
+            (None, false) => match parse_srun(text) {
+                Some((rank, ended)) => self.rank_ended(rank, ended),
+                None => return vec![text.to_owned()],
+            },
         }
         Vec::new()
     }
@@ -145,6 +148,18 @@ fn parse_message(text: &str) -> Option<(usize, Option<Ended>)> {
     Some((rank, code.map(Ended::Exit)))
 }
 
+/// Understands srun's word on how a task ended: `srun: error: NODE: task 3: Exited with exit code 1`. What is terminated is the
+/// consequence of another's end.
+fn parse_srun(text: &str) -> Option<(usize, Ended)> {
+    let (_node, rest) = text.strip_prefix("srun: error: ")?.split_once(": task")?;
+    let (tasks, how) = rest.split_once(": ")?;
+    let rank = leading_number(tasks.trim_start_matches('s'))?;
+    let signals = [("Killed", 9), ("Segmentation fault", 11), ("Aborted", 6), ("Bus error", 7), ("Out Of Memory", 9)];
+    let signal = signals.iter().find(|(said, _)| how.starts_with(said)).map(|(_, signal)| Ended::Signal(*signal));
+    let exit = || after(how, "exit code ").and_then(leading_number).map(Ended::Exit);
+    Some((rank, signal.or_else(exit)?))
+}
+
 fn after<'a>(text: &'a str, phrase: &str) -> Option<&'a str> {
     text.split_once(phrase).map(|(_, rest)| rest)
 }
@@ -181,6 +196,23 @@ mod tests {
         assert_eq!(after_message(exited), (vec![], Some("rank 12 failed (exit code 3)".into())));
         let aborted = "MPI_ABORT was invoked on rank 3 in communicator MPI_COMM_WORLD\nwith errorcode 42.\n\nNOTE: invoking MPI_ABORT causes Open MPI to kill all MPI processes.";
         assert_eq!(after_message(aborted), (vec![], Some("rank 3 failed (exit code 42)".into())));
+    }
+
+    #[test]
+    fn sruns_messages_name_the_rank() {
+        let described = |texts: &[&str]| {
+            let mut faults = Faults::default();
+            let shown: Vec<String> = texts.iter().flat_map(|text| faults.engine_line(text)).collect();
+            (shown, faults.describe())
+        };
+        let killed = described(&["srun: error: sn1: task 3: Killed", "srun: error: sn0: tasks 0-2: Terminated"]);
+        assert_eq!(killed.1.unwrap(), "rank 3 failed (killed by signal 9 (SIGKILL))");
+        assert_eq!(killed.0, ["srun: error: sn0: tasks 0-2: Terminated"]);
+        let exited = described(&["srun: error: sn1: tasks 2-3: Exited with exit code 1"]);
+        assert_eq!(exited, (vec![], Some("rank 2 failed (exit code 1)".into())));
+        assert_eq!(described(&["srun: error: sn1: tasks 0-3: Exited with exit code 75"]), (vec![], None));
+        let other = "srun: error: Unable to create step: invalid node";
+        assert_eq!(described(&[other]), (vec![other.to_owned()], None));
     }
 
     #[test]
