@@ -21,8 +21,8 @@ pub struct ClusterConfig {
     pub remote_shell: String,
     /// Whether each rank is tied to cores of its own.
     pub bind: Bind,
-    /// How often the launcher starts a failed group again by itself.
-    pub restarts: u32,
+    /// How often the launcher starts a failed group again by itself; `None`: it decides.
+    pub restarts: Option<u32>,
     /// What a Slurm job asks for.
     pub slurm: SlurmConfig,
     /// What an MPIJob asks for.

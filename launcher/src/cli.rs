@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
@@ -20,9 +21,10 @@ pub struct Cli {
     /// The run's TOML config.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// Machines to run on [default: cluster.nodes of the config, or as many as --hosts names].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub nodes: Option<u32>,
+    /// Machines to run on, such as 4; or 2..4: as many of --hosts as answer, at least two of them [default: cluster.nodes of the
+    /// config, or as many as there are].
+    #[arg(long, value_name = "N|A..B")]
+    pub nodes: Option<Nodes>,
     /// Ranks per machine [default: its GPUs, or its cores over train.threads_per_rank, rounded down to fit the lanes].
     #[arg(long, value_name = "P", value_parser = clap::value_parser!(u32).range(1..))]
     pub procs_per_node: Option<u32>,
@@ -36,6 +38,10 @@ pub struct Cli {
     /// allocation slurm submits a batch script; kubernetes prints a manifest.
     #[arg(long, value_enum)]
     pub via: Option<Via>,
+    /// How often a group that failed is started again, on the machines that answer [default: cluster.restarts of the config, or
+    /// 10 with --nodes A..B, else 0].
+    #[arg(long, value_name = "N")]
+    pub restarts: Option<u32>,
     /// Override a key of the config, e.g. --set train.steps=100. May be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -104,6 +110,34 @@ impl std::fmt::Display for Via {
     }
 }
 
+/// How many machines: `N`, or `A..B` for what there is between the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nodes {
+    /// Fewer are not enough; at least 1.
+    pub least: usize,
+    /// More are not used.
+    pub most: usize,
+}
+
+impl Nodes {
+    /// As many, no fewer.
+    pub fn exactly(nodes: usize) -> Nodes {
+        Nodes { least: nodes, most: nodes }
+    }
+}
+
+impl FromStr for Nodes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Nodes, String> {
+        let (least, most) = text.split_once("..").unwrap_or((text, text));
+        match (least.parse(), most.parse()) {
+            (Ok(least), Ok(most)) if 1 <= least && least <= most => Ok(Nodes { least, most }),
+            _ => Err("expected a number of at least 1, or two of them as in 2..4".to_owned()),
+        }
+    }
+}
+
 /// A name that no program takes for an option.
 fn host(text: &str) -> Result<String, String> {
     let is_name = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -124,7 +158,7 @@ impl Cli {
             Some(file) => read_hosts(file).with_context(|| format!("--hostfile {}", file.display()))?,
         };
         Ok(Request {
-            nodes: self.nodes.map(|nodes| nodes as usize),
+            nodes: self.nodes,
             procs_per_node: self.procs_per_node.map(|procs| procs as usize),
             hosts,
             via: self.via,

@@ -1,13 +1,14 @@
 //! `launcher`: plans a run, starts its ranks on an engine, watches them until they end.
 //!
 //! Reading order: [`cli`] (what was typed) → [`plan`] (who computes what; pure) → [`cluster`] (the command that starts
-//! it) → [`supervise`] (watching it) → exit code. The launcher knows no tensors; it runs the `trainer` that lies beside
+//! it) → [`runner`] (again, if it fails) → [`supervise`] (watching it) → exit code. The launcher knows no tensors; it runs the `trainer` that lies beside
 //! its own executable.
 
 mod cli;
 mod cluster;
 mod machine;
 mod plan;
+mod runner;
 mod supervise;
 
 use std::io::{ErrorKind, Write};
@@ -21,6 +22,7 @@ use crate::cli::Cli;
 use crate::cluster::{ClusterError, Handover, Start, TrainerCall};
 use crate::machine::Machine;
 use crate::plan::{Plan, PlanError};
+use crate::runner::Runner;
 
 fn main() -> ExitCode {
     if supervise::run_as_guard_if_asked() {
@@ -35,7 +37,8 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<i32> {
     let config = RunConfig::load(&cli.config, &cli.set)?;
-    let plan = Plan::new(&config, &cli.request()?, &Machine::this_host())?;
+    let request = cli.request()?;
+    let plan = Plan::new(&config, &request, &Machine::this_host())?;
     let trainer = TrainerCall::new(cli)?;
     let start = cluster::for_plan(&plan, &config).start(&plan, &trainer);
     if cli.dry_run {
@@ -46,13 +49,10 @@ fn run(cli: &Cli) -> anyhow::Result<i32> {
             shown => Ok(shown.map(|()| exit::OK)?),
         };
     }
-    for note in &plan.notes {
-        supervise::say(&format!("launcher: note: {note}"));
-    }
     match start? {
-        Start::Engine(command) => {
+        Start::Engine(_) => {
             trainer.check()?;
-            supervise::run(&command, &plan)
+            Runner { config: &config, request, trainer: &trainer }.run(cli.restarts)
         }
         Start::Handover(handover) => hand_over(&handover),
     }

@@ -9,7 +9,7 @@ use configs::{Device, RunConfig, location};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::cli::Via;
+use crate::cli::{Nodes, Via};
 use crate::cluster::{ClusterError, Start};
 use crate::machine::Machine;
 
@@ -32,7 +32,7 @@ pub enum Job {
 #[derive(Debug, Clone, Default)]
 pub struct Request {
     /// `--nodes`
-    pub nodes: Option<usize>,
+    pub nodes: Option<Nodes>,
     /// `--procs-per-node`
     pub procs_per_node: Option<usize>,
     /// `--hosts`
@@ -150,13 +150,14 @@ impl Plan {
         let is_allocated =
             request.allocation.is_some() && matches!(request.via, None | Some(Via::Slurm)) && named.is_none();
         let there = if is_allocated { request.allocation } else { named };
-        let offered = request.nodes.or(there).unwrap_or(config.cluster.nodes);
-        if let Some(there) = there.filter(|there| offered > *there) {
+        let wanted = request.nodes.unwrap_or(Nodes::exactly(there.unwrap_or(config.cluster.nodes)));
+        if let Some(there) = there.filter(|there| wanted.least > *there) {
             return Err(match is_allocated {
-                true => PlanError::Allocation { nodes: offered, allocated: there },
-                false => PlanError::Hosts { nodes: offered, hosts: hosts.clone() },
+                true => PlanError::Allocation { nodes: wanted.least, allocated: there },
+                false => PlanError::Hosts { nodes: wanted.least, hosts: hosts.clone() },
             });
         }
+        let offered = there.map_or(wanted.most, |there| wanted.most.min(there));
         let via = request.via.unwrap_or(match is_allocated {
             true => Via::Slurm,
             false if offered == 1 && named.is_none() => Via::Local,

@@ -17,7 +17,7 @@ fn config(lanes: usize, overrides: &[&str]) -> RunConfig {
 }
 
 fn request(nodes: Option<usize>, procs_per_node: Option<usize>) -> Request {
-    Request { nodes, procs_per_node, ..Request::default() }
+    Request { nodes: nodes.map(Nodes::exactly), procs_per_node, ..Request::default() }
 }
 
 /// (nodes, procs_per_node, lanes_per_rank, idle nodes)
@@ -100,7 +100,7 @@ fn cuda_that_is_not_there_is_refused_before_anything_starts() {
 
 #[test]
 fn fewer_host_names_than_nodes_are_refused() {
-    let request = Request { nodes: Some(3), hosts: vec!["ada".into()], ..Request::default() };
+    let request = Request { nodes: Some(Nodes::exactly(3)), hosts: vec!["ada".into()], ..Request::default() };
     assert!(matches!(Plan::new(&config(4, &[]), &request, &LAPTOP), Err(PlanError::Hosts { nodes: 3, .. })));
 }
 

@@ -335,7 +335,8 @@ fn what_lacks_something_or_is_not_possible_is_refused_and_nothing_starts() {
     let bench = Bench::new("touch started");
     for (arguments, said) in [
         (&["--nodes", "2"][..], "--hosts a,b,…"),
-        (&["--via", "kubernetes"], "cluster.kubernetes.image"),
+        (&["--via", "kubernetes"], "`run.url` holds credentials"),
+        (&["--via", "kubernetes", "--set", "run.url=s3://bucket/run"], "cluster.kubernetes.image"),
         (&["--via", "local", "--hosts", "ada,bob"], "leave them out"),
         (&["--hosts=-mca,bob"], "no host name"),
         (&["--set", "cluster.hosts=[\"ada;rm\"]"], "cluster.hosts"),
@@ -444,4 +445,84 @@ fn from_a_login_node_a_job_is_submitted_that_runs_this_launcher() {
         "{}",
         ended.stderr
     );
+}
+
+/// mpirun over hosts: as many ranks as it is asked for, here.
+const MPIRUN: &str = r#"
+cd "$(dirname "$0")"
+echo "$@" >> calls
+while [ "$1" != -n ]; do shift; done
+tasks=$2; shift 2
+pids=()
+for task in $(seq 0 $((tasks - 1))); do
+    OMPI_COMM_WORLD_RANK=$task "$@" 2> >(sed -u "s/^/[1,$task]<stderr>:/" >&2) > >(sed -u "s/^/[1,$task]<stdout>:/") &
+    pids+=($!)
+done
+worst=0
+for pid in "${pids[@]}"; do wait "$pid"; code=$?; [ $code -gt $worst ] && worst=$code; done
+sleep 0.2
+exit $worst"#;
+
+fn hosts_of_calls(bench: &Bench) -> Vec<String> {
+    let calls = fs::read_to_string(bench.path("calls")).unwrap();
+    calls.lines().map(|call| call.split(" --host ").nth(1).unwrap().split(' ').next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn with_fewer_nodes_it_goes_on_and_one_that_comes_back_is_used_again() {
+    // The first start fails on four nodes, of which bob is away then; the second fails on two; the third, on four again, ends.
+    let trainer = format!(
+        "[ $RANK = 0 ] || exit 0; {START}\nn=$(wc -l < calls)\n\
+         [ $n = 1 ] && {{ touch bob-is-away; echo 'trainer: error: lost bob' >&2; exit 1; }}\n\
+         [ $n = 2 ] && {{ rm bob-is-away; echo 'trainer: error: something else' >&2; exit 1; }}\n{DONE}"
+    );
+    let bench = Bench::new(&trainer);
+    let path = bench.program("mpirun", MPIRUN);
+    let shell = "[ \"$2\" = true ] || exit 2; ! [ $1 = bob -a -e \"$(dirname \"$0\")/bob-is-away\" ]";
+    bench.program("rsh", shell);
+    let shell = format!("cluster.remote_shell={:?}", bench.path("rsh"));
+    let ended = finish(bench.start_with(
+        &[("PATH", &path)],
+        &["--nodes", "2..4", "--hosts", "ada,bob,cy,dee", "--procs-per-node", "1", "--set", &shell],
+    ));
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert_eq!(hosts_of_calls(&bench), ["ada:1,bob:1,cy:1,dee:1", "ada:1,cy:1", "ada:1,bob:1,cy:1,dee:1"]);
+    for said in ["rank 0 failed", "3 of 4 nodes answer; bob: ", "restart 1 of 10", "restart 2 of 10", "dee idle"] {
+        assert!(ended.stderr.contains(said), "{said} in {}", ended.stderr);
+    }
+}
+
+#[test]
+fn the_same_failure_three_times_in_a_row_is_the_end_with_the_evidence() {
+    let bench =
+        Bench::new(&format!("echo x >> starts; {START}; echo 'trainer: error: step 7: the loss is NaN' >&2; exit 1"));
+    let ended = finish(bench.start(&["--procs-per-node", "1", "--restarts", "50"]));
+    assert_eq!((ended.code, fs::read_to_string(bench.path("starts")).unwrap().lines().count()), (Some(1), 3));
+    let last = ended.last_line();
+    assert!(last.contains("the same failure 3 times in a row") && last.contains("step 7: the loss is NaN"), "{last}");
+}
+
+#[test]
+fn a_stop_while_nothing_runs_ends_the_launcher() {
+    let bench = Bench::new(&format!("echo $$ >> starts; {START}; exit 1"));
+    let child = bench.start(&["--procs-per-node", "1", "--restarts", "2"]);
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+    // Whenever it comes, there is no further start for it to be lost on.
+    bench.wait_for("starts");
+    kill(pid, Signal::SIGTERM).unwrap();
+    let ended = finish(child);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert_eq!(fs::read_to_string(bench.path("starts")).unwrap().lines().count(), 1, "{}", ended.stderr);
+}
+
+#[test]
+fn too_few_nodes_are_waited_for_and_named() {
+    let bench = Bench::new("touch started");
+    bench.program("rsh", "exit 255");
+    let shell = format!("cluster.remote_shell={:?}", bench.path("rsh"));
+    let ended = finish(bench.start(&["--nodes", "1..2", "--hosts", "ada,bob", "--restarts", "1", "--set", &shell]));
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert_eq!(ended.stderr.matches("0 node(s) answer, at least 1 are needed; ada: ").count(), 3, "{}", ended.stderr);
+    assert!(ended.last_line().contains("all 1 restarts are used up"), "{}", ended.stderr);
+    assert!(!bench.path("started").exists());
 }

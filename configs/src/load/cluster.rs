@@ -20,7 +20,7 @@ pub(super) fn read(r: &mut Reader) -> ClusterConfig {
         remote_shell: name(r, "cluster.remote_shell", "give a program that is called like ssh, without arguments")
             .unwrap_or_else(|| "ssh".to_owned()),
         bind: r.choice("cluster.bind", &[("none", Bind::None), ("core", Bind::Core)], Bind::None),
-        restarts: r.integer("cluster.restarts", 0..=1_000_000, 0) as u32,
+        restarts: r.optional_integer("cluster.restarts", 0..=1_000_000).map(|restarts| restarts as u32),
         slurm: slurm(r),
         kubernetes: kubernetes(r),
     }

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use configs::{Device, RunConfig, location};
+use configs::{Device, RunConfig, Urls, location};
 use serde_json::{Value, json};
 
 use super::{Cluster, ClusterError, Handover, Start, TrainerCall};
@@ -33,8 +33,13 @@ impl Cluster for Kubernetes {
         if plan.job != Job::Train {
             return Err(ClusterError::NotTraining { via });
         }
+        let remedy = "cluster.kubernetes.secret";
         if location::redact(&self.config.run.url) != self.config.run.url {
-            return Err(ClusterError::Secret { key: "run.url", remedy: "cluster.kubernetes.secret" });
+            return Err(ClusterError::Secret { key: "run.url", remedy });
+        }
+        let data = &self.config.data.url;
+        if data.as_ref().map(Urls::redacted) != *data {
+            return Err(ClusterError::Secret { key: "data.url", remedy });
         }
         let advice = "the image that the project's Dockerfile makes";
         let image = self.config.cluster.kubernetes.image.as_ref();

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::cli::Nodes;
 use crate::machine::Machine;
 use crate::plan::{Job, Request};
 
@@ -106,7 +107,7 @@ fn hosts_of_the_config_are_those_of_the_command_line() {
 #[test]
 fn what_is_missing_is_said_with_the_remedy() {
     let why = |config: &RunConfig, request: Request| start(config, &request).1.unwrap_err().to_string();
-    let nodes = |via| Request { nodes: Some(2), via, ..Request::default() };
+    let nodes = |via| Request { nodes: Some(Nodes::exactly(2)), via, ..Request::default() };
     assert!(why(&config(""), nodes(None)).contains("--hosts a,b,…"));
     assert!(why(&config(""), nodes(Some(Via::Local))).contains("--via mpirun with --hosts"));
     assert!(why(&config(""), nodes(Some(Via::Kubernetes))).contains("`cluster.kubernetes.image` is missing"));
@@ -125,7 +126,7 @@ fn inside_an_allocation_srun_starts_the_ranks_on_its_nodes() {
     assert_eq!((line(&command), command.output), (wanted, Output::Labelled));
     let elsewhere = Request { hosts: vec!["ada".into()], ..allocation.clone() };
     assert!(line(&engine(&config(""), &elsewhere)).starts_with("mpirun "));
-    let more = Plan::new(&config(""), &Request { nodes: Some(5), ..allocation }, &NODE).unwrap_err();
+    let more = Plan::new(&config(""), &Request { nodes: Some(Nodes::exactly(5)), ..allocation }, &NODE).unwrap_err();
     assert!(more.to_string().contains("allocation has (4)"), "{more}");
 }
 
@@ -134,7 +135,12 @@ fn a_batch_script_is_sound_bash_whose_words_are_what_was_asked() {
     let config = config(
         "[cluster.slurm]\npartition = \"gpu\"\ntime = \"1-12:00:00\"\nconstraint = \"a100 & nvlink\"\noptions = [\"--mem=0\"]\n",
     );
-    let asked = Request { nodes: Some(2), via: Some(Via::Slurm), procs_per_node: Some(4), ..Request::default() };
+    let asked = Request {
+        nodes: Some(Nodes::exactly(2)),
+        via: Some(Via::Slurm),
+        procs_per_node: Some(4),
+        ..Request::default()
+    };
     let Handover { text, submit } = handover(&config, &asked);
     assert_eq!(submit, ["sbatch", "--parsable"]);
     for part in [
@@ -195,7 +201,7 @@ fn a_manifest_has_the_config_the_workers_and_a_launcher_that_comes_back() {
     let folder = tempfile::tempdir().unwrap();
     let trainer = TrainerCall { config: folder.path().join("run.toml"), ..trainer() };
     std::fs::write(&trainer.config, "run.url = 1").unwrap();
-    let request = Request { nodes: Some(2), via: Some(Via::Kubernetes), ..Request::default() };
+    let request = Request { nodes: Some(Nodes::exactly(2)), via: Some(Via::Kubernetes), ..Request::default() };
     let plan = Plan::new(&config, &request, &NODE).unwrap();
     let Start::Handover(manifest) = for_plan(&plan, &config).start(&plan, &trainer).unwrap() else { panic!() };
     assert_eq!(manifest.submit, Vec::<OsString>::new());

@@ -31,6 +31,8 @@ pub struct Faults {
     ended: Option<(usize, Option<Ended>)>,
     /// First error line of each rank, in the order of arrival.
     said: Vec<(usize, String)>,
+    /// First machine that the engine has lost.
+    lost_node: Option<String>,
     /// Lines of mpirun's message that is being received.
     message: Option<Vec<String>>,
 }
@@ -38,7 +40,7 @@ pub struct Faults {
 impl Faults {
     /// Some rank has failed.
     pub fn any(&self) -> bool {
-        self.ended.is_some() || !self.said.is_empty()
+        self.ended.is_some() || !self.said.is_empty() || self.lost_node.is_some()
     }
 
     /// Takes a stderr line of a rank. Error lines begin with `trainer: error:` (or `trainer:`); warnings and notes say so.
@@ -95,6 +97,9 @@ impl Faults {
     /// A rank that was killed says nothing, so mpirun's word counts; otherwise the rank that complained first is the
     /// cause, even if another one, which lost its partner, ended before it.
     pub fn describe(&self) -> Option<String> {
+        if let Some(node) = &self.lost_node {
+            return Some(format!("node {node} is lost: it is down, or the link to it is"));
+        }
         let how = |ended: Option<Ended>| ended.map(|ended| format!(" ({ended})")).unwrap_or_default();
         match (self.ended, self.said.first()) {
             (None, None) => None,
@@ -115,6 +120,10 @@ impl Faults {
 
     fn message_ended(&mut self, message: Vec<String>) -> Vec<String> {
         let text = message.join("\n");
+        if let Some(node) = lost_node(&text) {
+            self.lost_node.get_or_insert(node);
+            return Vec::new();
+        }
         if let Some((rank, ended)) = parse_message(&text) {
             match ended {
                 Some(ended) => self.rank_ended(rank, ended),
@@ -146,6 +155,13 @@ fn parse_message(text: &str) -> Option<(usize, Option<Ended>)> {
     let rank = leading_number(name.rsplit_once(',')?.1)?;
     let code = after(text, "Exit code:").and_then(leading_number);
     Some((rank, code.map(Ended::Exit)))
+}
+
+/// The machine that OpenMPI says it has lost: `Remote daemon: [[1368,0],2] on node node2`.
+fn lost_node(text: &str) -> Option<String> {
+    let told = text.starts_with("ORTE has lost communication with a remote daemon");
+    let node = after(after(text, "Remote daemon").filter(|_| told)?, "on node ")?;
+    node.split_whitespace().next().map(str::to_owned)
 }
 
 /// Understands srun's word on how a task ended: `srun: error: NODE: task 3: Exited with exit code 1`. What is terminated is the
@@ -196,6 +212,15 @@ mod tests {
         assert_eq!(after_message(exited), (vec![], Some("rank 12 failed (exit code 3)".into())));
         let aborted = "MPI_ABORT was invoked on rank 3 in communicator MPI_COMM_WORLD\nwith errorcode 42.\n\nNOTE: invoking MPI_ABORT causes Open MPI to kill all MPI processes.";
         assert_eq!(after_message(aborted), (vec![], Some("rank 3 failed (exit code 42)".into())));
+    }
+
+    #[test]
+    fn a_lost_node_is_the_cause_whatever_the_ranks_say() {
+        let mut faults = Faults::default();
+        faults.rank_line(0, "trainer: error: all_reduce did not complete");
+        let lost = "ORTE has lost communication with a remote daemon.\n\n  HNP daemon   : [[1368,0],0] on node node0\n  Remote daemon: [[1368,0],2] on node node2\n\nThis is usually due to a failure of the TCP network";
+        [DASHES].into_iter().chain(lost.lines()).chain([DASHES]).for_each(|line| drop(faults.engine_line(line)));
+        assert_eq!(faults.describe().unwrap(), "node node2 is lost: it is down, or the link to it is");
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod session;
 mod verdict;
 
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -52,40 +53,90 @@ enum Report {
     Signal(i32),
 }
 
-/// Starts the engine and watches it to its end. Returns the launcher's exit code.
-///
-/// Call it from the main thread: the engine's life is tied to it.
-pub fn run(command: &EngineCommand, plan: &Plan) -> anyhow::Result<i32> {
-    let (sender, reports) = sync_channel(1024);
-    // First, so that no signal can end the launcher while an engine exists.
-    catch_signals(sender.clone())?;
-    let engine = Engine::start(command, &sender)?;
-    let mut watch = Watch::new(engine, command.output, plan);
-    while !watch.is_over() {
-        let report = match watch.deadline() {
-            Some(deadline) => reports.recv_timeout(deadline.saturating_duration_since(Instant::now())),
-            None => reports.recv().map_err(|_| RecvTimeoutError::Disconnected),
-        };
-        match report {
-            Ok(report) => watch.take(report),
-            Err(RecvTimeoutError::Timeout) => {}
-            // Cannot happen while `sender` lives; if it did, nobody would tell of the end.
-            Err(RecvTimeoutError::Disconnected) => break,
-        }
-        watch.act(Instant::now());
-    }
-    Ok(watch.finish())
+/// Starts engines, one after the other, and watches each to its end.
+pub struct Supervisor {
+    /// Receives what the launcher is told by signals.
+    signals: Arc<Mutex<Listener>>,
 }
 
-fn catch_signals(reports: SyncSender<Report>) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).context("cannot set signal handlers up")?;
-    let work = move || {
-        signals.forever().for_each(|signal| {
-            let _ = reports.send(Report::Signal(signal));
-        })
-    };
-    std::thread::Builder::new().name("signals".to_owned()).spawn(work).context("cannot start a thread")?;
-    Ok(())
+/// Who hears of signals: the run under way.
+#[derive(Default)]
+struct Listener {
+    run: Option<SyncSender<Report>>,
+    /// Some signal has come since the launcher started.
+    is_asked: bool,
+}
+
+impl Supervisor {
+    /// From here on no signal ends the launcher by itself: none can while an engine exists.
+    ///
+    /// # Errors
+    /// When the system refuses handlers or a thread.
+    pub fn new() -> anyhow::Result<Supervisor> {
+        let listener = Arc::new(Mutex::new(Listener::default()));
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).context("cannot set signal handlers up")?;
+        let told = listener.clone();
+        let work = move || {
+            signals.forever().for_each(|signal| {
+                let mut listener = lock(&told);
+                listener.is_asked = true;
+                let run = listener.run.clone();
+                drop(listener);
+                let _ = run.map(|run| run.send(Report::Signal(signal)));
+            })
+        };
+        std::thread::Builder::new().name("signals".to_owned()).spawn(work).context("cannot start a thread")?;
+        Ok(Supervisor { signals: listener })
+    }
+
+    /// Somebody has asked the launcher to stop.
+    pub fn is_asked(&self) -> bool {
+        lock(&self.signals).is_asked
+    }
+
+    /// Starts the engine and watches it to its end, of which it tells people.
+    ///
+    /// Call it from the main thread: the engine's life is tied to it.
+    ///
+    /// # Errors
+    /// When the engine cannot be started.
+    pub fn run(&self, command: &EngineCommand, plan: &Plan) -> anyhow::Result<Ending> {
+        let (sender, reports) = sync_channel(1024);
+        lock(&self.signals).run = Some(sender.clone());
+        let engine = Engine::start(command, &sender)?;
+        let mut watch = Watch::new(engine, command.output, plan);
+        while !watch.is_over() {
+            let report = match watch.deadline() {
+                Some(deadline) => reports.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+                None => reports.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match report {
+                Ok(report) => watch.take(report),
+                Err(RecvTimeoutError::Timeout) => {}
+                // Cannot happen while `sender` lives; if it did, nobody would tell of the end.
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            watch.act(Instant::now());
+        }
+        lock(&self.signals).run = None;
+        Ok(watch.finish())
+    }
+}
+
+/// No thread panics while it holds the lock; if one did, what it guards would still be sound.
+fn lock(listener: &Mutex<Listener>) -> MutexGuard<'_, Listener> {
+    listener.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How a watched run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ending {
+    /// The launcher's exit code, were this the end.
+    pub code: i32,
+    /// What went wrong, in words.
+    pub cause: String,
+    /// Step of the last checkpoint that was committed or resumed from, as far as seen.
+    pub saved_step: Option<u64>,
 }
 
 /// The state of a watched run.
@@ -260,8 +311,8 @@ impl Watch {
         }
     }
 
-    /// Ends what is left and gives the exit code.
-    fn finish(mut self) -> i32 {
+    /// Ends what is left and says how it ended.
+    fn finish(mut self) -> Ending {
         for text in self.faults.finish() {
             self.console.line(&Line { rank: None, is_stderr: true, text });
         }
@@ -280,6 +331,6 @@ impl Watch {
         };
         let (code, text) = end.verdict();
         say(&format!("launcher: {text}"));
-        code
+        Ending { code, cause: end.cause(), saved_step: self.saved_step }
     }
 }

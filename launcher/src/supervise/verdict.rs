@@ -39,6 +39,11 @@ impl End {
         }
     }
 
+    /// What went wrong: the rank or node, or else the engine.
+    pub fn cause(&self) -> String {
+        self.fault.clone().unwrap_or_else(|| format!("the engine ended: {}", self.ended))
+    }
+
     /// Of work that ends without an error only when its result is there.
     fn of_measuring(&self, done: &str, nothing: &str) -> (i32, String) {
         let is_done = self.is_done || self.ended == Ended::Exit(exit::OK);
