@@ -11,6 +11,7 @@ mod experiment;
 mod finetuning;
 mod interop;
 mod mixing;
+mod nodes;
 mod objectives;
 mod same_bits;
 mod sampling;
