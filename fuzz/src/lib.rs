@@ -8,7 +8,10 @@ pub mod shard_header;
 pub fn watch_own_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let file = panic.location().map_or("", |place| place.file());
-        if ["checkpoint/src", "data-loader/src", "stores/src", "configs/src", "fuzz/src"].iter().any(|own| file.contains(own)) {
+        if ["checkpoint/src", "data-loader/src", "stores/src", "configs/src", "fuzz/src"]
+            .iter()
+            .any(|own| file.contains(own))
+        {
             eprintln!("{panic}\n{}", std::backtrace::Backtrace::force_capture());
             std::process::abort();
         }
