@@ -79,6 +79,7 @@ fn sound_run() -> &'static InMemory {
             config: Default::default(),
             decision_log: Default::default(),
             metrics: Default::default(),
+            put_off: false,
             shards: shards.collect(),
         };
         store.commit(commit).expect("a commit");
