@@ -10,7 +10,6 @@ use crate::{
     backend::{Backend, Landed},
     chunk::{Sha256Digest, fingerprint},
     error::CheckpointError,
-    header::MAX_HEADER_BYTES,
     keys,
     manifest::{Dtype, check_name, checked_numel},
     runtime,
@@ -25,6 +24,7 @@ use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
 };
+use stores::MAX_HEADER_BYTES;
 
 /// The tensor data of a shard start at a multiple of this, so that a mapped file is aligned for any vector unit.
 const ALIGN_BYTES: usize = 64;

@@ -1,11 +1,13 @@
 //! From a URL to an object store, the same way for data sets, checkpoints and logs; and from an object to ranges of its bytes:
-//! [`RangeReader`] asks for few large ones, tries again, and keeps what it has read in a [`BlockCache`] on disk.
+//! [`RangeReader`] asks for few large ones, tries again, and keeps what it has read in a [`BlockCache`] on disk;
+//! [`SafetensorsHeader`] tells where in a file its tensors are.
 //!
 //! Credentials never come from URLs: they come from the environment (`AWS_…`, `GOOGLE_…`, `AZURE_…`) and, for S3, from the
 //! profile files that other tools share (see [`profile`]). Only variables with a vendor's prefix are read: the stores also know
 //! bare names such as `token`, which may mean anything in somebody's shell.
 
 mod cache;
+mod header;
 mod object;
 mod plan;
 pub mod profile;
@@ -16,6 +18,7 @@ mod retry;
 pub mod testing;
 
 pub use cache::{BlockCache, CacheError};
+pub use header::{MAX_HEADER_BYTES, SafetensorsHeader};
 pub use object::Object;
 pub use ranges::RangeReader;
 pub use redact::redact_text;

@@ -245,7 +245,8 @@ impl Place {
 /// A file for readers that go through it from the beginning, with seeking.
 pub(super) struct SeekReader {
     place: Place,
-    file_bytes: u64,
+    /// Length of the file.
+    pub file_bytes: u64,
     at: u64,
     buffer: Bytes,
     /// Where the buffer begins in the file.

@@ -134,7 +134,7 @@ impl Shard {
                 Some(labels)
             }
         };
-        let ids = match header.about.get(IDS) {
+        let ids = match header.about(IDS) {
             None => None,
             Some(text) => {
                 let ids: Vec<String> =

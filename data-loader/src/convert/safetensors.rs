@@ -1,25 +1,18 @@
 //! Safetensors files: the header, and ranges of tensors.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use safetensors::Dtype as TensorType;
-use safetensors::tensor::{Metadata, TensorInfo};
+use stores::SafetensorsHeader;
 
 use super::array::Element;
-use super::files::Place;
+use super::files::{Place, SeekReader};
 use crate::{DataError, Dtype};
-
-/// The longest header that safetensors' own readers accept.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// The header of a file.
 pub(super) struct Header {
     pub place: Place,
-    data_start: u64,
-    tensors: HashMap<String, TensorInfo>,
-    /// `__metadata__`.
-    pub about: HashMap<String, String>,
+    header: SafetensorsHeader,
 }
 
 /// A tensor of a file: rows along its first axis.
@@ -51,29 +44,16 @@ impl Header {
     /// Reads the header.
     ///
     /// # Errors
-    /// If it does not agree with the file's length.
+    /// If the file cannot be read, or the header does not agree with its length.
     pub fn read(place: &Place) -> Result<Self, DataError> {
-        let bad = |reason: String| DataError::source(place.name(), format!("is no whole safetensors file: {reason}"));
-        let file_bytes = place.bytes()?;
-        if file_bytes < 8 {
-            return Err(bad(format!("it has only {file_bytes} bytes")));
-        }
-        let mut length = [0; 8];
-        length.copy_from_slice(&place.read_range(0..8)?);
-        let header_bytes = u64::from_le_bytes(length);
-        if header_bytes > MAX_HEADER_BYTES.min(file_bytes - 8) {
-            return Err(bad(format!("a header of {header_bytes} bytes in a file of {file_bytes}")));
-        }
-        let data_start = 8 + header_bytes;
-        let metadata: Metadata = serde_json::from_slice(&place.read_range(8..data_start)?)
-            .map_err(|error| bad(format!("its header: {error}")))?;
-        let data_bytes = metadata.data_len() as u64;
-        if data_start + data_bytes != file_bytes {
-            let follow = file_bytes - data_start;
-            return Err(bad(format!("its header tells of {data_bytes} bytes of data, but {follow} follow it")));
-        }
-        let tensors = metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
-        Ok(Self { place: place.clone(), data_start, tensors, about: metadata.metadata().clone().unwrap_or_default() })
+        let file = SeekReader::open(place)?;
+        let file_bytes = file.file_bytes;
+        let header =
+            SafetensorsHeader::read(file, file_bytes).map_err(|error| match error.downcast::<DataError>() {
+                Ok(unreadable) => unreadable,
+                Err(error) => DataError::source(place.name(), format!("is no whole safetensors file: {error}")),
+            })?;
+        Ok(Self { place: place.clone(), header })
     }
 
     /// A tensor's rows; `None` if there is none of this name.
@@ -81,7 +61,7 @@ impl Header {
     /// # Errors
     /// If its type is not known or it has no axis.
     pub fn rows(&self, tensor: &str) -> Result<Option<Rows>, DataError> {
-        let Some(info) = self.tensors.get(tensor) else {
+        let Some(info) = self.header.tensors.get(tensor) else {
             return Ok(None);
         };
         let bad = |reason: String| DataError::source(format!("{}: tensor `{tensor}`", self.place.name()), reason);
@@ -108,15 +88,19 @@ impl Header {
         Ok(Some(Rows {
             element,
             shape: info.shape.clone(),
-            start: self.data_start + info.data_offsets.0 as u64,
+            start: self.header.data_start + info.data_offsets.0 as u64,
             row_bytes: bytes / (rows as u64).max(1),
         }))
     }
 
+    /// An entry of `__metadata__`.
+    pub fn about(&self, key: &str) -> Option<&String> {
+        self.header.about.as_ref()?.get(key)
+    }
+
     /// Names of the tensors, for messages.
     pub fn names(&self) -> String {
-        let mut names: Vec<_> = self.tensors.iter().map(|(name, info)| format!("`{name}` {:?}", info.shape)).collect();
-        names.sort();
-        names.join(", ")
+        let tensors = self.header.tensors.iter();
+        tensors.map(|(name, info)| format!("`{name}` {:?}", info.shape)).collect::<Vec<_>>().join(", ")
     }
 }

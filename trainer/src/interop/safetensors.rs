@@ -30,7 +30,11 @@ impl SafetensorsFile {
     /// # Errors
     /// [`InteropError::Malformed`] when header and file length do not agree.
     pub fn open(path: &Path) -> Result<Self, InteropError> {
-        let malformed = |reason: String| InteropError::Malformed { path: path.into(), format: "safetensors", reason };
+        let malformed = |error: std::io::Error| InteropError::Malformed {
+            path: path.into(),
+            format: "safetensors",
+            reason: error.to_string(),
+        };
         let file = File::open(path).map_err(InteropError::io(path, "open"))?;
         let file_bytes = file.metadata().map_err(InteropError::io(path, "open"))?.len();
         let header = SafetensorsHeader::read(&file, file_bytes).map_err(malformed)?;
