@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use object_store::path::Path;
 use proptest::prelude::*;
+use stores::testing::Tampered;
 
-use crate::testing::{FaultyStore, samples, write};
+use crate::testing::{Faulty, put_bytes, samples, write};
 use crate::{
     Columns, Flip, LaneSchedule, LatentDataset, MicroBatchStream, PlainMemory, ScheduleOptions, StreamOptions,
     StreamSource, WriterOptions,
@@ -68,15 +69,15 @@ fn files() -> impl Strategy<Value = Vec<(usize, usize)>> {
     prop::collection::vec((0..60usize, 1..30usize), 1..4)
 }
 
-fn store_of(files: &[(usize, usize)]) -> (Arc<FaultyStore>, Arc<LatentDataset>) {
-    let store = Arc::new(FaultyStore::default());
+fn store_of(files: &[(usize, usize)]) -> (Arc<Tampered<Faulty>>, Arc<LatentDataset>) {
+    let store = Arc::new(Tampered::<Faulty>::default());
     let folder = tempfile::tempdir().unwrap();
     let mut rows = samples(files.iter().map(|file| file.0).sum(), &WriterOptions::new(vec![1, 1, 2]));
     for (number, &(count, row_group_rows)) in files.iter().enumerate() {
         let later = rows.split_off(count);
         let path = folder.path().join(format!("{number}.parquet"));
         write(&path, WriterOptions { row_group_rows, ..WriterOptions::new(vec![1, 1, 2]) }, &rows);
-        store.put_bytes(&format!("set/{number}.parquet"), std::fs::read(&path).unwrap());
+        put_bytes(&store.inner, &format!("set/{number}.parquet"), std::fs::read(&path).unwrap());
         rows = later;
     }
     let dataset = LatentDataset::open_in(store.clone(), Path::from("set"), &Columns::default()).unwrap();
@@ -84,8 +85,8 @@ fn store_of(files: &[(usize, usize)]) -> (Arc<FaultyStore>, Arc<LatentDataset>) 
 }
 
 /// The row groups whose bytes were asked for.
-fn groups_read(store: &FaultyStore, dataset: &LatentDataset) -> HashSet<usize> {
-    let requests = store.take_requests();
+fn groups_read(store: &Tampered<Faulty>, dataset: &LatentDataset) -> HashSet<usize> {
+    let requests = store.tamper.take_requests();
     let asked = |(at, group): (usize, &crate::RowGroup)| {
         let footer = &dataset.files[group.file];
         let columns = footer.metadata.metadata().row_group(group.index_in_file).columns();
@@ -119,7 +120,7 @@ proptest! {
             let lanes_of_rank = options.lanes >> ranks_log2;
             for first_lane in (0..options.lanes).step_by(lanes_of_rank) {
                 let lanes = first_lane..first_lane + lanes_of_rank;
-                store.take_requests();
+                store.tamper.take_requests();
                 let of_stream = StreamOptions {
                     threads: 2,
                     prefetch_bytes: 1 << 20, flip: Flip::Never, num_classes: Some(10), caption_tokens: None, allocator: &PlainMemory,

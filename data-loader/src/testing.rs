@@ -1,24 +1,18 @@
 //! Small data sets with numbers that tell where they come from. For tests.
 #![allow(clippy::unwrap_used)]
 
-use std::fmt;
 use std::ops::Range;
 use std::path::Path as FsPath;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use object_store::{
-    CopyOptions, GetOptions, GetRange, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
-};
+use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt, Result};
 use stores::ReadOptions;
+use stores::testing::{Tamper, Tampered};
 
 use crate::{LatentDataset, LatentRow, LatentWriter, OpenOptions, Row, WriterOptions};
 
@@ -65,7 +59,7 @@ pub fn write(path: &FsPath, options: WriterOptions, samples: &[Sample]) {
     writer.finish().unwrap();
 }
 
-/// What a [`FaultyStore`] does with requests for data.
+/// What [`Faulty`] does with requests for data.
 #[derive(Clone, Copy)]
 #[repr(u8)]
 pub enum Mode {
@@ -75,44 +69,38 @@ pub enum Mode {
     Hang = 3,
 }
 
-/// A store in memory that can be told to misbehave.
+/// Misbehaves when it is told to.
 #[derive(Debug, Default)]
-pub struct FaultyStore {
-    inner: InMemory,
+pub struct Faulty {
     pub mode: AtomicU8,
     /// Requests that hang.
     pub hanging: AtomicUsize,
-    /// What was asked for by ranges: object and bytes.
+    /// What was asked for: object and bytes.
     requested: Mutex<Vec<(Path, Range<u64>)>>,
 }
 
-impl FaultyStore {
-    /// A store with 150 rows at `set/`, opened.
-    pub fn dataset() -> (Arc<Self>, Arc<LatentDataset>) {
-        let folder = tempfile::tempdir().unwrap();
-        let options = WriterOptions { row_group_rows: 40, ..WriterOptions::new(vec![1, 2, 2]) };
-        let path = folder.path().join("a.parquet");
-        write(&path, options.clone(), &samples(150, &options));
-        let store = Arc::new(Self::default());
-        store.put_bytes("set/a.parquet", std::fs::read(&path).unwrap());
-        let read = ReadOptions { tries: 2, pause: Duration::from_millis(1), ..ReadOptions::default() };
-        let options = OpenOptions { read, ..OpenOptions::default() };
-        let dataset = LatentDataset::open_in_with(store.clone(), Path::from("set"), &options).unwrap();
-        (store, Arc::new(dataset))
-    }
+/// A store with 150 rows at `set/`, opened.
+pub fn faulty_dataset() -> (Arc<Tampered<Faulty>>, Arc<LatentDataset>) {
+    let folder = tempfile::tempdir().unwrap();
+    let options = WriterOptions { row_group_rows: 40, ..WriterOptions::new(vec![1, 2, 2]) };
+    let path = folder.path().join("a.parquet");
+    write(&path, options.clone(), &samples(150, &options));
+    let store = Arc::new(Tampered::<Faulty>::default());
+    put_bytes(&store.inner, "set/a.parquet", std::fs::read(&path).unwrap());
+    let read = ReadOptions { tries: 2, pause: Duration::from_millis(1), ..ReadOptions::default() };
+    let options = OpenOptions { read, ..OpenOptions::default() };
+    let dataset = LatentDataset::open_in_with(store.clone(), Path::from("set"), &options).unwrap();
+    (store, Arc::new(dataset))
+}
 
-    pub fn put_bytes(&self, path: &str, bytes: Vec<u8>) {
-        futures::executor::block_on(self.inner.put(&Path::from(path), bytes.into())).unwrap();
-    }
+pub fn put_bytes(store: &InMemory, path: &str, bytes: Vec<u8>) {
+    futures::executor::block_on(store.put(&Path::from(path), bytes.into())).unwrap();
+}
 
+impl Faulty {
     /// What was asked for since the last call.
     pub fn take_requests(&self) -> Vec<(Path, Range<u64>)> {
         std::mem::take(&mut *self.requested.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn record(&self, location: &Path, ranges: impl IntoIterator<Item = Range<u64>>) {
-        let mut requested = self.requested.lock().unwrap_or_else(PoisonError::into_inner);
-        requested.extend(ranges.into_iter().map(|range| (location.clone(), range)));
     }
 
     async fn misbehave(&self) -> Result<()> {
@@ -130,55 +118,18 @@ impl FaultyStore {
     }
 }
 
-impl fmt::Display for FaultyStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("faulty store")
-    }
-}
-
 #[async_trait::async_trait]
-impl ObjectStore for FaultyStore {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        self.inner.put_opts(location, payload, options).await
-    }
-
-    async fn put_multipart_opts(
-        &self,
-        location: &Path,
-        options: PutMultipartOptions,
-    ) -> Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, options).await
-    }
-
-    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+impl Tamper for Faulty {
+    async fn get(&self, inner: &InMemory, path: &Path, options: GetOptions) -> Result<GetResult> {
         self.misbehave().await?;
-        match &options.range {
-            Some(GetRange::Bounded(range)) => self.record(location, std::iter::once(range.clone())),
-            None if options.head => {}
-            _ => self.record(location, std::iter::once(0..u64::MAX)),
+        if !options.head {
+            let range = match &options.range {
+                Some(GetRange::Bounded(range)) => range.clone(),
+                _ => 0..u64::MAX,
+            };
+            let mut requested = self.requested.lock().unwrap_or_else(PoisonError::into_inner);
+            requested.push((path.clone(), range));
         }
-        self.inner.get_opts(location, options).await
-    }
-
-    async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-        self.misbehave().await?;
-        self.record(location, ranges.iter().cloned());
-        self.inner.get_ranges(location, ranges).await
-    }
-
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.inner.delete_stream(locations)
-    }
-
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
-    }
-
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
+        inner.get_opts(path, options).await
     }
 }

@@ -14,7 +14,7 @@ pub mod profile;
 mod ranges;
 mod redact;
 mod retry;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
 pub use cache::{BlockCache, CacheError};

@@ -5,8 +5,8 @@ use async_trait::async_trait;
 use checkpoint::{Activity, AttemptInfo, CheckpointError, Retention, RunStore, StoreOptions};
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
+    Error, GetOptions, GetResult, GetResultPayload, ObjectMeta, ObjectStore, PutOptions, PutPayload, PutResult, Result,
+    memory::InMemory, path::Path,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -15,16 +15,14 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
+use stores::testing::{Tamper, Tampered};
 
 /// Runs drawn by the default test; `DITHAROS_FAULT_SCHEDULES` asks for more.
 const SCHEDULES: u64 = 20;
 
-/// A memory store with a share of its operations going wrong.
+/// Makes a share of the operations go wrong.
 #[derive(Debug)]
-struct Faulty {
-    inner: InMemory,
-    state: Mutex<State>,
-}
+struct Faulty(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
@@ -47,19 +45,13 @@ enum PutFault {
     Slow,
 }
 
-impl std::fmt::Display for Faulty {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Faulty")
-    }
-}
-
 fn server_error() -> Error {
     Error::Generic { store: "test", source: "503 Slow Down".into() }
 }
 
 impl Faulty {
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// None when this operation goes well, else a number below `kinds`.
@@ -76,8 +68,8 @@ impl Faulty {
 }
 
 #[async_trait]
-impl ObjectStore for Faulty {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
+impl Tamper for Faulty {
+    async fn put(&self, inner: &InMemory, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         let unfaithful = self.state().unfaithful;
         let fault = match self.fault(6) {
             None => PutFault::None,
@@ -90,7 +82,7 @@ impl ObjectStore for Faulty {
         };
         let exists = || Error::AlreadyExists { path: location.to_string(), source: "409".into() };
         let land = async |payload| {
-            let landed = self.inner.put_opts(location, payload, opts).await;
+            let landed = inner.put_opts(location, payload, opts).await;
             if landed.is_ok() {
                 self.state().written.push_back(location.clone());
             }
@@ -113,13 +105,9 @@ impl ObjectStore for Faulty {
         }
     }
 
-    async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, opts).await
-    }
-
-    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+    async fn get(&self, inner: &InMemory, location: &Path, options: GetOptions) -> Result<GetResult> {
         let head = options.head;
-        let result = self.inner.get_opts(location, options).await;
+        let result = inner.get_opts(location, options).await;
         match self.fault(3) {
             None => result,
             Some(0) if !head => {
@@ -139,37 +127,31 @@ impl ObjectStore for Faulty {
         }
     }
 
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+    fn delete(
+        &self,
+        inner: &InMemory,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
         match self.fault(2) {
-            None => self.inner.delete_stream(locations),
+            None => inner.delete_stream(locations),
             Some(0) => futures::stream::iter([Err(server_error())]).boxed(),
             // Deleted, and the answer is lost.
-            Some(_) => self.inner.delete_stream(locations).map(|result| result.and(Err(server_error()))).boxed(),
+            Some(_) => inner.delete_stream(locations).map(|result| result.and(Err(server_error()))).boxed(),
         }
     }
 
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+    fn list(&self, inner: &InMemory, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let hidden: Vec<Path> = {
             let state = self.state();
             if state.unfaithful { state.written.iter().rev().take(3).cloned().collect() } else { Vec::new() }
         };
         match self.fault(2) {
-            None => self.inner.list(prefix),
+            None => inner.list(prefix),
             Some(0) => futures::stream::iter([Err(server_error())]).boxed(),
-            Some(_) => self
-                .inner
-                .list(prefix)
-                .try_filter(move |meta| std::future::ready(!hidden.contains(&meta.location)))
-                .boxed(),
+            Some(_) => {
+                inner.list(prefix).try_filter(move |meta| std::future::ready(!hidden.contains(&meta.location))).boxed()
+            }
         }
-    }
-
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
     }
 }
 
@@ -198,7 +180,7 @@ fn run_schedule(seed: u64, unfaithful: bool) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let share = rng.random_range(0.1..0.3);
     let state = State { rng: ChaCha8Rng::seed_from_u64(!seed), share, unfaithful, written: VecDeque::new() };
-    let faulty = Arc::new(Faulty { inner: InMemory::new(), state: Mutex::new(state) });
+    let faulty = Arc::new(Tampered::new(Faulty(Mutex::new(state))));
     let options = StoreOptions { retry_pause: Duration::from_micros(20), ..StoreOptions::default() };
     let store = RunStore::over(faulty.clone(), "run", "test://bucket/run", options).unwrap();
 
@@ -210,7 +192,7 @@ fn run_schedule(seed: u64, unfaithful: bool) {
             last_life = Some(acknowledged.max(resumed_from));
         }
     }
-    faulty.stop_failing();
+    faulty.tamper.stop_failing();
 
     let context = format!("seed {seed}, {:.0}% faults, unfaithful {unfaithful}", share * 100.0);
     let found = match store.newest_valid() {

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use checkpoint::{CheckpointError, Metric, Retention, RunStore, StoreOptions};
 use futures::stream::BoxStream;
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
+    Error, GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutOptions, PutPayload, PutResult, Result,
+    memory::InMemory, path::Path,
 };
 use std::{
     collections::VecDeque,
@@ -17,6 +17,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use stores::testing::{Tamper, Tampered};
 
 /// What the next put of a matching key does.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,10 +32,9 @@ enum Fault {
     Hang,
 }
 
-/// A memory store whose puts of keys that contain `on` go wrong in the given order.
+/// Makes puts of keys that contain `on` go wrong in the given order.
 #[derive(Debug, Default)]
 struct Misbehaving {
-    inner: InMemory,
     on: String,
     faults: Mutex<VecDeque<Fault>>,
     reads_fail: bool,
@@ -42,63 +42,49 @@ struct Misbehaving {
     deletes_left: Option<AtomicUsize>,
 }
 
-impl std::fmt::Display for Misbehaving {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Misbehaving")
-    }
-}
-
 fn broken() -> Error {
     Error::Generic { store: "test", source: "connection to http://me:SECRET@host/x?sig=SECRET reset".into() }
 }
 
 #[async_trait]
-impl ObjectStore for Misbehaving {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
+impl Tamper for Misbehaving {
+    async fn put(&self, inner: &InMemory, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         let matching = location.as_ref().contains(&self.on);
         let fault = if matching { self.faults.lock().unwrap().pop_front() } else { None };
         let exists = || Error::AlreadyExists { path: location.to_string(), source: "409".into() };
         match fault {
-            None => self.inner.put_opts(location, payload, opts).await,
-            Some(Fault::ExistsThoughLanded) => self.inner.put_opts(location, payload, opts).await.and(Err(exists())),
+            None => inner.put_opts(location, payload, opts).await,
+            Some(Fault::ExistsThoughLanded) => inner.put_opts(location, payload, opts).await.and(Err(exists())),
             Some(Fault::ExistsNothingLanded) => Err(exists()),
-            Some(Fault::ErrorThoughLanded) => self.inner.put_opts(location, payload, opts).await.and(Err(broken())),
+            Some(Fault::ErrorThoughLanded) => inner.put_opts(location, payload, opts).await.and(Err(broken())),
             Some(Fault::ErrorNothingLanded) => Err(broken()),
             Some(Fault::OkNothingLanded) => {
                 Ok(PutResult { e_tag: None, version: None, extensions: Default::default() })
             }
             Some(Fault::OthersWonBefore) => {
-                self.inner.put(location, Bytes::from_static(b"theirs").into()).await?;
-                self.inner.put_opts(location, payload, opts).await
+                inner.put(location, Bytes::from_static(b"theirs").into()).await?;
+                inner.put_opts(location, payload, opts).await
             }
             Some(Fault::Denied) => Err(Error::PermissionDenied { path: location.to_string(), source: "403".into() }),
             Some(Fault::Hang) => std::future::pending().await,
         }
     }
-    async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, opts).await
+    async fn get(&self, inner: &InMemory, location: &Path, options: GetOptions) -> Result<GetResult> {
+        if self.reads_fail { Err(broken()) } else { inner.get_opts(location, options).await }
     }
-    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        if self.reads_fail { Err(broken()) } else { self.inner.get_opts(location, options).await }
-    }
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        let Some(left) = &self.deletes_left else { return self.inner.delete_stream(locations) };
+    fn delete(
+        &self,
+        inner: &InMemory,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
+        let Some(left) = &self.deletes_left else { return inner.delete_stream(locations) };
         match left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) {
-            Ok(_) => self.inner.delete_stream(locations),
+            Ok(_) => inner.delete_stream(locations),
             // An error that is not worth another try.
             Err(_) => Box::pin(futures::stream::once(async {
                 Err(Error::PermissionDenied { path: "deleted".to_owned(), source: "403".into() })
             })),
         }
-    }
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
-    }
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
     }
 }
 
@@ -108,10 +94,10 @@ fn run(on: &str, faults: &[Fault]) -> RunStore {
         faults: Mutex::new(faults.iter().copied().collect()),
         ..Misbehaving::default()
     };
-    over(store)
+    over(Tampered::new(store))
 }
 
-fn over(store: Misbehaving) -> RunStore {
+fn over(store: Tampered<Misbehaving>) -> RunStore {
     let options = StoreOptions { op_timeout: Duration::from_secs(2), ..StoreOptions::default() };
     RunStore::over(Arc::new(store), "some/prefix", "test://me:SECRET@bucket/run?sig=SECRET", options).unwrap()
 }
@@ -180,10 +166,10 @@ fn other_bytes_under_our_name_fence_us() {
 /// A store that overwrites where it should refuse: both processes have read their own record back, one before the other wrote.
 #[test]
 fn of_two_winners_of_one_create_the_overwritten_one_commits_nothing() {
-    let run = |store: &Arc<Misbehaving>| {
+    let run = |store: &Arc<Tampered<Misbehaving>>| {
         RunStore::over(store.clone(), "some/prefix", "test://bucket/run", StoreOptions::default()).unwrap()
     };
-    let stores = [(); 2].map(|()| Arc::new(Misbehaving::default()));
+    let stores = [(); 2].map(|()| Arc::new(Tampered::<Misbehaving>::default()));
     let [first, second] = [run(&stores[0]), run(&stores[1])];
     assert_eq!((claim(&first, None), claim(&second, None)), (1, 1));
     let path = Path::from("some/prefix/attempts/0001.json");
@@ -222,7 +208,7 @@ fn an_upload_that_takes_too_long_names_rank_step_and_how_far_it_came() {
     let store =
         Misbehaving { on: "part-0002".to_owned(), faults: Mutex::new([Fault::Hang; 9].into()), ..Default::default() };
     let options = StoreOptions { part_bytes: 64, upload_timeout: Duration::from_secs(1), ..StoreOptions::default() };
-    let store = RunStore::over(Arc::new(store), "run", "test://bucket/run", options).unwrap();
+    let store = RunStore::over(Arc::new(Tampered::new(store)), "run", "test://bucket/run", options).unwrap();
     let attempt = claim(&store, None);
     let id = checkpoint::ShardId { attempt, step: 7, rank: 1, world_size: 2 };
     let error = write_rank(&store, &id, &small()).unwrap_err();
@@ -235,14 +221,11 @@ fn an_upload_that_takes_too_long_names_rank_step_and_how_far_it_came() {
 
 #[test]
 fn a_store_that_cannot_be_read_is_not_a_damaged_checkpoint() {
-    let mut store = Misbehaving::default();
-    let inner = Arc::new(std::mem::take(&mut store.inner));
+    let inner = Arc::new(InMemory::new());
     let writer = RunStore::over(inner.clone(), "some/prefix", "test://x", StoreOptions::default()).unwrap();
     let attempt = claim(&writer, None);
     save(&writer, attempt, 10);
-    store.inner = inner.fork();
-    store.reads_fail = true;
-    let reader = over(store);
+    let reader = over(Tampered { inner: inner.fork(), tamper: Misbehaving { reads_fail: true, ..Default::default() } });
     let error = reader.newest_valid().unwrap_err();
     assert!(matches!(error, CheckpointError::Store { .. }), "neither nothing nor damage: {error}");
     assert!(reader.retain(&Retention::last(2)).is_err());
@@ -254,7 +237,7 @@ fn retention_that_dies_after_any_delete_leaves_no_manifest_without_its_shards() 
     let retention = Retention { keep_last: 2, keep_every: 4, keep_best: Some((1, metric)) };
     // Steps 1, 3 and 5 go, of three objects each; 2 is the best, 4 a multiple, 6 and 7 are the newest.
     for deletes in 0..=9 {
-        let store = over(Misbehaving { deletes_left: Some(deletes.into()), ..Misbehaving::default() });
+        let store = over(Tampered::new(Misbehaving { deletes_left: Some(deletes.into()), ..Default::default() }));
         let attempt = claim(&store, None);
         for (step, loss) in [(1, 0.5), (2, 0.1), (3, 0.3), (4, 0.6), (5, 0.2), (6, 0.9), (7, 0.7)] {
             save_measured(&store, attempt, step, &[("loss", loss)]);

@@ -3,58 +3,28 @@
 use crate::world::*;
 use async_trait::async_trait;
 use checkpoint::{Manifest, ReadInto, RunStore, StoreOptions};
-use futures::stream::BoxStream;
-use object_store::{
-    CopyOptions, GetOptions, GetRange, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
-};
+use object_store::{GetOptions, GetRange, GetResult, ObjectStore, Result, memory::InMemory, path::Path};
 use std::{
     ops::Range,
     sync::{Arc, Mutex},
 };
+use stores::testing::{Tamper, Tampered};
 
-/// A memory store that remembers which bytes of which keys were read.
+/// Remembers which bytes of which keys were read.
 #[derive(Debug, Default)]
-struct Recording {
-    inner: InMemory,
-    reads: Mutex<Vec<(String, Range<u64>)>>,
-}
-
-impl std::fmt::Display for Recording {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Recording")
-    }
-}
+struct Recording(Mutex<Vec<(String, Range<u64>)>>);
 
 #[async_trait]
-impl ObjectStore for Recording {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
-        self.inner.put_opts(location, payload, opts).await
-    }
-    async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, opts).await
-    }
-    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+impl Tamper for Recording {
+    async fn get(&self, inner: &InMemory, path: &Path, options: GetOptions) -> Result<GetResult> {
         if !options.head {
             let range = match &options.range {
                 Some(GetRange::Bounded(range)) => range.clone(),
                 _ => 0..u64::MAX,
             };
-            self.reads.lock().unwrap().push((location.to_string(), range));
+            self.0.lock().unwrap().push((path.to_string(), range));
         }
-        self.inner.get_opts(location, options).await
-    }
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.inner.delete_stream(locations)
-    }
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
-    }
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
+        inner.get_opts(path, options).await
     }
 }
 
@@ -66,8 +36,8 @@ const LARGE: &[(&str, &[usize])] = &[
     ("model/w", &[1500, 1501]),
 ];
 
-fn recorded(part_bytes: u64) -> (Arc<Recording>, RunStore, Manifest) {
-    let recording = Arc::new(Recording::default());
+fn recorded(part_bytes: u64) -> (Arc<Tampered<Recording>>, RunStore, Manifest) {
+    let recording = Arc::new(Tampered::new(Recording::default()));
     let options = StoreOptions { part_bytes, ..StoreOptions::default() };
     let store = RunStore::over(recording.clone(), "run", "test://run", options).unwrap();
     let attempt = claim(&store, None);
@@ -91,8 +61,8 @@ fn chunks_of(manifest: &Manifest, name: &str) -> Vec<(String, Range<u64>)> {
     chunks
 }
 
-fn taken(recording: &Recording) -> Vec<(String, Range<u64>)> {
-    let mut reads = std::mem::take(&mut *recording.reads.lock().unwrap());
+fn taken(recording: &Tampered<Recording>) -> Vec<(String, Range<u64>)> {
+    let mut reads = std::mem::take(&mut *recording.tamper.0.lock().unwrap());
     reads.sort_by_key(|(key, range)| (key.clone(), range.start));
     reads
 }

@@ -2,7 +2,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::testing::{FaultyStore, Mode, samples, write};
+use crate::testing::{Mode, faulty_dataset, samples, write};
 use crate::{
     Columns, Flip, MicroBatchStream, PlainMemory, ScheduleOptions, StreamOptions, StreamSource, WriterOptions,
 };
@@ -137,8 +137,8 @@ fn what_is_wrong_is_told_and_the_budget_holds() {
 
 #[test]
 fn errors_of_the_store_are_no_damage() {
-    let (store, dataset) = FaultyStore::dataset();
-    store.mode.store(Mode::Fail as u8, std::sync::atomic::Ordering::SeqCst);
+    let (store, dataset) = faulty_dataset();
+    store.tamper.mode.store(Mode::Fail as u8, std::sync::atomic::Ordering::SeqCst);
     let damage = fresh(1000);
     let error = read(&dataset, 0..4, 0..3, &damage).unwrap_err();
     assert!(!error.is_damage(), "{error}");

@@ -5,7 +5,7 @@ use rand::Rng;
 
 use super::*;
 use crate::draws::{Key, Purpose, fill_normal};
-use crate::testing::{FaultyStore, Mode, samples, write};
+use crate::testing::{Mode, faulty_dataset, samples, write};
 use crate::{Columns, Dtype, LaneSchedule, MixedSource, RowRun, ScheduleOptions, WriterOptions};
 
 const OPTIONS: StreamOptions = StreamOptions {
@@ -158,8 +158,8 @@ fn a_label_that_is_no_class_comes_out_of_next_with_its_row_and_ends_the_stream()
 #[test]
 fn store_errors_and_panics_come_out_of_next() {
     for (mode, words) in [(Mode::Fail, "injected failure"), (Mode::Panic, "injected panic")] {
-        let (store, dataset) = FaultyStore::dataset();
-        store.mode.store(mode as u8, Ordering::SeqCst);
+        let (store, dataset) = faulty_dataset();
+        store.tamper.mode.store(mode as u8, Ordering::SeqCst);
         let mut stream = MicroBatchStream::start(
             sources(&dataset),
             schedule(&dataset),
@@ -177,8 +177,8 @@ fn store_errors_and_panics_come_out_of_next() {
 
 #[test]
 fn dropping_the_stream_does_not_wait_for_a_request_that_hangs() {
-    let (store, dataset) = FaultyStore::dataset();
-    store.mode.store(Mode::Hang as u8, Ordering::SeqCst);
+    let (store, dataset) = faulty_dataset();
+    store.tamper.mode.store(Mode::Hang as u8, Ordering::SeqCst);
     let stream = MicroBatchStream::start(
         sources(&dataset),
         schedule(&dataset),
@@ -188,7 +188,7 @@ fn dropping_the_stream_does_not_wait_for_a_request_that_hangs() {
         StreamOptions { flip: Flip::Never, ..OPTIONS },
     )
     .unwrap();
-    while store.hanging.load(Ordering::SeqCst) == 0 {
+    while store.tamper.hanging.load(Ordering::SeqCst) == 0 {
         std::thread::yield_now();
     }
     drop(stream);
@@ -197,7 +197,7 @@ fn dropping_the_stream_does_not_wait_for_a_request_that_hangs() {
 
 #[test]
 fn requests_that_cannot_be_met_are_refused_at_the_start() {
-    let (_, plain) = FaultyStore::dataset();
+    let (_, plain) = faulty_dataset();
     let start = |sources, lanes, options| {
         MicroBatchStream::start(sources, schedule(&plain), lanes, 0, 9, options).unwrap_err().to_string()
     };

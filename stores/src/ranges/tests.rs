@@ -1,10 +1,8 @@
 #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
 use super::*;
+use crate::testing::{Tamper, Tampered};
 use futures::stream::{self, BoxStream};
-use object_store::{
-    CopyOptions, Error, GetResult, GetResultPayload, ListResult, MultipartUpload, PutMultipartOptions, PutOptions,
-    PutPayload, PutResult, Result, memory::InMemory,
-};
+use object_store::{Error, GetResult, GetResultPayload, Result, memory::InMemory};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Mutex;
@@ -13,10 +11,9 @@ use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 
-/// A memory store that writes down what ranges it is asked for and spoils a share of the answers.
+/// Writes down what ranges are asked for and spoils a share of the answers.
 #[derive(Debug)]
 struct Recording {
-    inner: InMemory,
     requests: Mutex<Vec<Range<u64>>>,
     rng: Mutex<ChaCha8Rng>,
     /// Of all answers.
@@ -25,23 +22,11 @@ struct Recording {
     warned: AtomicUsize,
 }
 
-impl std::fmt::Display for Recording {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Recording")
-    }
-}
-
 #[async_trait::async_trait]
-impl ObjectStore for Recording {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
-        self.inner.put_opts(location, payload, opts).await
-    }
-    async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, opts).await
-    }
-    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+impl Tamper for Recording {
+    async fn get(&self, inner: &InMemory, location: &Path, options: GetOptions) -> Result<GetResult> {
         if options.head {
-            return self.inner.get_opts(location, options).await;
+            return inner.get_opts(location, options).await;
         }
         let Some(object_store::GetRange::Bounded(range)) = &options.range else { panic!("{options:?}") };
         self.requests.lock().unwrap().push(range.clone());
@@ -53,12 +38,12 @@ impl ObjectStore for Recording {
             let rng = &mut *self.rng.lock().unwrap();
             rng.random_bool(self.faults).then(|| rng.random_range(0..6))
         };
-        let mut result = self.inner.get_opts(location, options).await?;
+        let mut result = inner.get_opts(location, options).await?;
         let (meta, attributes) = (result.meta.clone(), result.attributes.clone());
         let mut range = result.range.clone();
         if fault == Some(1) {
             range.end -= 1;
-            result = self.inner.get_opts(location, GetOptions::new().with_range(Some(range.clone()))).await?;
+            result = inner.get_opts(location, GetOptions::new().with_range(Some(range.clone()))).await?;
         }
         let broken = || Error::Generic { store: "test", source: "503 or a reset".into() };
         let mut body = result.bytes().await?;
@@ -73,18 +58,6 @@ impl ObjectStore for Recording {
         let payload = GetResultPayload::Stream(chunks);
         Ok(GetResult { payload, meta, range, attributes, extensions: Default::default() })
     }
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.inner.delete_stream(locations)
-    }
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
-    }
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
-    }
 }
 
 fn random(bytes: u64, seed: u64) -> Vec<u8> {
@@ -94,7 +67,7 @@ fn random(bytes: u64, seed: u64) -> Vec<u8> {
 }
 
 struct World {
-    store: Arc<Recording>,
+    store: Arc<Tampered<Recording>>,
     content: Vec<u8>,
     object: Object,
     cache: Option<tempfile::TempDir>,
@@ -116,8 +89,8 @@ impl World {
     async fn new(bytes: u64, faults: f64, deny: bool, cached: bool) -> Self {
         let (content, path) = (random(bytes, 3), Path::from("a"));
         let rng = Mutex::new(ChaCha8Rng::seed_from_u64(1));
-        let (inner, requests, warned) = (InMemory::new(), Mutex::default(), AtomicUsize::new(0));
-        let store = Arc::new(Recording { inner, requests, rng, faults, deny, warned });
+        let (requests, warned) = (Mutex::default(), AtomicUsize::new(0));
+        let store = Arc::new(Tampered::new(Recording { requests, rng, faults, deny, warned }));
         store.put(&path, content.clone().into()).await.unwrap();
         let object = Object::new(&store.head(&path).await.unwrap(), "test://me:SECRET@bucket/a");
         let cache = cached.then(|| tempfile::tempdir().unwrap());
@@ -125,10 +98,10 @@ impl World {
         Self { store, content, object, cache, reader }
     }
 
-    fn reader(store: &Arc<Recording>, dir: Option<&tempfile::TempDir>) -> RangeReader {
+    fn reader(store: &Arc<Tampered<Recording>>, dir: Option<&tempfile::TempDir>) -> RangeReader {
         let told = store.clone();
         let cache = dir.map(|dir| {
-            let warn = move |_: &str| _ = told.warned.fetch_add(1, SeqCst);
+            let warn = move |_: &str| _ = told.tamper.warned.fetch_add(1, SeqCst);
             Arc::new(BlockCache::open(dir.path(), 64 * MIB, warn).unwrap())
         });
         RangeReader::new(store.clone(), QUICK, cache)
@@ -142,7 +115,7 @@ impl World {
     }
 
     fn requests(&self) -> Vec<Range<u64>> {
-        let mut requests = std::mem::take(&mut *self.store.requests.lock().unwrap());
+        let mut requests = std::mem::take(&mut *self.store.tamper.requests.lock().unwrap());
         requests.sort_by_key(|range| range.start);
         requests
     }
@@ -281,5 +254,5 @@ async fn a_disk_that_takes_nothing_is_one_warning() {
     world.assert_reads(&[0..8 * MIB]).await;
     world.assert_reads(&[0..8 * MIB]).await;
     assert_eq!(world.requests().len(), 2);
-    assert_eq!(world.store.warned.load(SeqCst), 1);
+    assert_eq!(world.store.tamper.warned.load(SeqCst), 1);
 }
