@@ -39,18 +39,15 @@ impl Slurm {
             SlurmMpi::Pmix => "--mpi=pmix",
             SlurmMpi::None => "--mpi=none",
         };
-        let bind = match self.config.bind {
-            Bind::None => "--cpu-bind=none",
-            Bind::Core => "--cpu-bind=cores",
-        };
-        let fixed = ["srun", mpi, bind, "--kill-on-bad-exit=1", "--label"].map(str::to_owned);
+        let fixed = ["srun", mpi, "--kill-on-bad-exit=1", "--label"].map(str::to_owned);
         let sizes = [
             format!("--nodes={}", plan.nodes),
             format!("--ntasks={}", plan.world_size),
             format!("--ntasks-per-node={}", plan.procs_per_node),
             format!("--cpus-per-task={}", plan.threads_per_rank),
         ];
-        fixed.into_iter().chain(sizes).map(OsString::from).collect()
+        let bind = (self.config.bind == Bind::Core).then(|| "--cpu-bind=cores".to_owned());
+        fixed.into_iter().chain(sizes).chain(bind).map(OsString::from).collect()
     }
 
     /// A job that saves before its time is over and comes back: requeued, or as the next of a chain.
@@ -84,14 +81,16 @@ impl Slurm {
         launcher.push(plan.procs_per_node.to_string().into());
         let launcher: Vec<String> = launcher.iter().map(|argument| quoted(&argument.to_string_lossy())).collect();
         let again = match chain {
-            1 => format!("[ $code = {} ] && scontrol requeue \"$SLURM_JOB_ID\"\n", exit::RESUMABLE),
+            1 => format!("[ \"$time_is_over$code\" = yes{} ] && scontrol requeue \"$SLURM_JOB_ID\"\n", exit::RESUMABLE),
             _ => String::new(),
         };
         format!(
             "#!/bin/bash\n{asks}\n\
              {} &\n\
              launcher=$!\n\
-             trap 'kill -USR1 $launcher' USR1 TERM\n\
+             # USR1 comes before the time limit. TERM is a cancellation, or a pre-emption after which Slurm itself requeues the job.\n\
+             trap 'time_is_over=yes; kill -USR1 $launcher' USR1\n\
+             trap 'kill -USR1 $launcher' TERM\n\
              wait $launcher; code=$?\n\
              # A signal ends the wait, not the launcher.\n\
              while kill -0 $launcher 2>/dev/null; do wait $launcher; code=$?; done\n\

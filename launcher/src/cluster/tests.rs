@@ -122,7 +122,7 @@ fn inside_an_allocation_srun_starts_the_ranks_on_its_nodes() {
     let allocation = Request { allocation: Some(4), procs_per_node: Some(2), ..Request::default() };
     let command = engine(&config(""), &allocation);
     let sizes = "--nodes=4 --ntasks=8 --ntasks-per-node=2 --cpus-per-task=2";
-    let wanted = format!("srun --mpi=pmix --cpu-bind=none --kill-on-bad-exit=1 --label {sizes} {CALL}");
+    let wanted = format!("srun --mpi=pmix --kill-on-bad-exit=1 --label {sizes} {CALL}");
     assert_eq!((line(&command), command.output), (wanted, Output::Labelled));
     let elsewhere = Request { hosts: vec!["ada".into()], ..allocation.clone() };
     assert!(line(&engine(&config(""), &elsewhere)).starts_with("mpirun "));
@@ -149,7 +149,7 @@ fn a_batch_script_is_sound_bash_whose_words_are_what_was_asked() {
         "#SBATCH --requeue\n",
         "#SBATCH --partition=gpu\n#SBATCH \"--constraint=a100 & nvlink\"\n#SBATCH --time=1-12:00:00\n#SBATCH --mem=0\n",
         r"'/opt/d/launcher' '--config' '/runs/it'\''s here.toml' '--set' 'train.steps=9' '--via' 'slurm' '--procs-per-node' '4' &",
-        "[ $code = 75 ] && scontrol requeue",
+        "[ \"$time_is_over$code\" = yes75 ] && scontrol requeue",
     ] {
         assert!(text.contains(part), "{part} in\n{text}");
     }
@@ -157,12 +157,12 @@ fn a_batch_script_is_sound_bash_whose_words_are_what_was_asked() {
     let mut chained = config;
     chained.cluster.slurm.chain = 5;
     let text = handover(&chained, &asked).text;
-    assert!(text.contains("#SBATCH --array=1-5%1\n") && !text.contains("requeue"), "{text}");
+    assert!(text.contains("#SBATCH --array=1-5%1\n") && !text.contains("scontrol"), "{text}");
 }
 
 /// Runs the script with a launcher that saves when it is asked to.
 #[test]
-fn the_batch_script_asks_for_a_checkpoint_and_requeues_what_was_saved() {
+fn the_batch_script_saves_when_asked_and_requeues_at_its_time_limit_only() {
     let folder = tempfile::tempdir().unwrap();
     let program = |name: &str, text: &str| {
         use std::os::unix::fs::PermissionsExt;
@@ -177,19 +177,22 @@ fn the_batch_script_asks_for_a_checkpoint_and_requeues_what_was_saved() {
     let plan = Plan::new(&config, &Request { via: Some(Via::Slurm), ..Request::default() }, &NODE).unwrap();
     let trainer = TrainerCall { program: folder.path().join("trainer"), ..trainer() };
     let Start::Handover(script) = for_plan(&plan, &config).start(&plan, &trainer).unwrap() else { panic!() };
-    let mut job = std::process::Command::new("bash")
-        .args(["-c", &script.text])
-        .env("PATH", format!("{}:/usr/bin:/bin", folder.path().display()))
-        .env("SLURM_JOB_ID", "77")
-        .spawn()
-        .unwrap();
-    while !folder.path().join("launcher.up").exists() {
-        std::thread::sleep(std::time::Duration::from_millis(5));
+    use nix::sys::signal::Signal;
+    for (signal, is_requeued) in [(Signal::SIGTERM, false), (Signal::SIGUSR1, true)] {
+        let mut job = std::process::Command::new("bash")
+            .args(["-c", &script.text])
+            .env("PATH", format!("{}:/usr/bin:/bin", folder.path().display()))
+            .env("SLURM_JOB_ID", "77")
+            .spawn()
+            .unwrap();
+        while std::fs::remove_file(folder.path().join("launcher.up")).is_err() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(job.id() as i32), signal).unwrap();
+        assert_eq!(job.wait().unwrap().code(), Some(75));
+        let said = std::fs::read_to_string(folder.path().join("scontrol.said")).ok();
+        assert_eq!(said.as_deref(), is_requeued.then_some("requeue 77\n"), "{signal}");
     }
-    let pid = nix::unistd::Pid::from_raw(job.id() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGUSR1).unwrap();
-    assert_eq!(job.wait().unwrap().code(), Some(75));
-    assert_eq!(std::fs::read_to_string(folder.path().join("scontrol.said")).unwrap(), "requeue 77\n");
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod objectives;
 mod same_bits;
 mod sampling;
 mod servers;
+mod slurm;
 mod stopping;
 mod telemetry;
 mod validation;

@@ -89,7 +89,11 @@ fn without_a_node_that_was_cut_off_the_run_goes_on_to_the_same_bits() {
     let (cluster, experiment) = (Nodes::up(), Experiment::new());
     let reference = reference(&experiment);
     let ran = disturbed(&cluster, &experiment, &["--nodes", "2..4"], || drop(nodes(&["cut", "dn2"])));
-    assert!(ran.stderr.contains("node dn2 is lost") && ran.stderr.contains("3 of 4 nodes answer; dn2: "), "{}", ran.text());
+    assert!(
+        ran.stderr.contains("node dn2 is lost") && ran.stderr.contains("3 of 4 nodes answer; dn2: "),
+        "{}",
+        ran.text()
+    );
     assert_eq!(world_sizes(&experiment, "run"), [4, 2]);
     assert_eq!(experiment.digest("run"), reference);
 }
