@@ -201,6 +201,8 @@ fn read_data(r: &mut Reader, base: &Path) -> DataConfig {
             OnBroken::default(),
         ),
         skip_budget_rows: r.optional_integer("data.skip_budget_rows", 1..=ANY),
+        caption_tokens: r.optional_integer("data.caption_tokens", 1..=65_536).map(|tokens| tokens as usize),
+        caption_weights: r.floats("data.caption_weights", 0.0..),
         scaling_factor,
     }
 }
@@ -220,6 +222,21 @@ fn check_data(r: &mut Reader, data: &DataConfig) {
             "means nothing where a broken row group ends the run",
             "set data.on_broken = \"skip\", or remove it",
         );
+    }
+    if r.given("data.caption_weights") && r.sound(&["data.caption_weights", "data.caption_tokens"]) {
+        if data.caption_tokens.is_none() {
+            r.refuse(
+                "data.caption_weights",
+                "means nothing where captions are not read",
+                "set data.caption_tokens to the tokens of a caption, or remove it",
+            );
+        } else if !data.caption_weights.iter().any(|weight| *weight > 0.0) {
+            r.refuse(
+                "data.caption_weights",
+                "leaves no caption",
+                "give at least one a weight above 0, as in [0.95, 0.05]",
+            );
+        }
     }
     match (r.given("data.url"), r.given("data.mix")) {
         (false, false) => r.require(

@@ -227,6 +227,26 @@ fn skipping_needs_a_budget_and_a_budget_skipping() {
 }
 
 #[test]
+fn captions_are_weighed_where_they_are_read() {
+    let data = load(SMALL, &["data.caption_tokens=77", "data.caption_weights=[0.95, 0.05]"]).unwrap().data;
+    assert_eq!((data.caption_tokens, &data.caption_weights[..]), (Some(77), &[0.95, 0.05][..]));
+    let recorded = load(SMALL, &[]).unwrap().to_json()["data"].clone();
+    assert!(recorded.get("caption_tokens").is_none() && recorded.get("caption_weights").is_none());
+    assert!(mistake(&["data.caption_weights=[1.0]"]).advice.contains("data.caption_tokens"));
+    for (weights, problem) in [
+        ("[]", "leaves no caption"),
+        ("[0, 0.0]", "leaves no caption"),
+        ("[1, -1]", "is out of range"),
+        ("[nan]", "is out of range"),
+        ("0.5", "is not an array of numbers"),
+    ] {
+        let mistake = mistake(&["data.caption_tokens=77", &format!("data.caption_weights={weights}")]);
+        assert_eq!((mistake.key.as_str(), mistake.problem.as_str()), ("data.caption_weights", problem), "{weights}");
+    }
+    assert_eq!(mistake(&["data.caption_tokens=0"]).problem, "is out of range");
+}
+
+#[test]
 fn groups_are_read_one_by_one_and_their_mistakes_are_named_by_number() {
     let groups = r#"
 [[optimizer.groups]]

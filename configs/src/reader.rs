@@ -118,13 +118,19 @@ impl<'a> Reader<'a> {
     }
 
     /// An array of finite numbers inside `range`, no two equal; empty when not given.
-    pub(crate) fn float_list(&mut self, key: &'static str, range: impl RangeBounds<f64>) -> Vec<f64> {
+    pub(crate) fn distinct_floats(&mut self, key: &'static str, range: impl RangeBounds<f64>) -> Vec<f64> {
         let expected = format!("give numbers {} in brackets, each once", described(&range));
         let numbers = self.numbers(key, range, &expected).unwrap_or_default();
         if (1..numbers.len()).any(|index| numbers[..index].contains(&numbers[index])) {
             self.refuse(key, "has a number twice", expected);
         }
         numbers
+    }
+
+    /// An array of finite numbers inside `range`; empty when not given.
+    pub(crate) fn floats(&mut self, key: &'static str, range: impl RangeBounds<f64>) -> Vec<f64> {
+        let expected = format!("give numbers {} in brackets", described(&range));
+        self.numbers(key, range, &expected).unwrap_or_default()
     }
 
     fn numbers(&mut self, key: &'static str, range: impl RangeBounds<f64>, expected: &str) -> Option<Vec<f64>> {

@@ -105,6 +105,12 @@ pub struct DataConfig {
     /// With [`OnBroken::Skip`], most rows that may lie in broken row groups. At least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skip_budget_rows: Option<u64>,
+    /// Tokens that captions are padded or cut to, at least 1; `None`: captions are not read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caption_tokens: Option<usize>,
+    /// How often each of a row's captions is taken, over the sum; at least 0, one above. Empty: all equally often.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub caption_weights: Vec<f64>,
     /// Factor that stored latents are multiplied with; must equal the data set's metadata if that has one. Above 0.
     pub scaling_factor: Option<f64>,
 }

@@ -43,7 +43,7 @@ mod writer;
 
 pub use access::OpenOptions;
 pub use block::RowBlock;
-pub use captions::{CaptionBatch, CaptionBlock, CaptionMeta};
+pub use captions::{CaptionBatch, CaptionBlock, CaptionMeta, CaptionOptions};
 pub use configs::{Columns, Flip};
 pub use damage::{BrokenGroup, Damage, check_budget};
 pub use dataset::{DatasetMeta, LatentDataset, RowGroup};

@@ -123,7 +123,7 @@ proptest! {
                 store.tamper.take_requests();
                 let of_stream = StreamOptions {
                     threads: 2,
-                    prefetch_bytes: 1 << 20, flip: Flip::Never, num_classes: Some(10), caption_tokens: None, allocator: &PlainMemory,
+                    prefetch_bytes: 1 << 20, flip: Flip::Never, num_classes: Some(10), captions: None, allocator: &PlainMemory,
                 };
                 let mut stream =
                     MicroBatchStream::start(sources.clone(), schedule.clone(), lanes.clone(), resume, end, of_stream).unwrap();

@@ -16,7 +16,8 @@ use std::thread::JoinHandle;
 
 use tokio::sync::watch;
 
-use crate::{BrokenGroup, CaptionBatch, Damage, DataError, Flip, LatentDataset, RowOrder};
+use crate::captions::check_options;
+use crate::{BrokenGroup, CaptionBatch, CaptionOptions, Damage, DataError, Flip, LatentDataset, RowOrder};
 
 mod buffers;
 mod fill;
@@ -39,7 +40,7 @@ pub struct StreamSource {
 }
 
 /// How latents become `x_start`, and how far to read ahead.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct StreamOptions {
     /// Most bytes of micro-batches that are being filled or wait to be taken; one may always be there.
     pub prefetch_bytes: usize,
@@ -49,8 +50,8 @@ pub struct StreamOptions {
     pub num_classes: Option<usize>,
     /// Threads that read and decode, at least 1.
     pub threads: usize,
-    /// Pad or cut captions to so many tokens, see [`LatentDataset::caption_tokens`]; `None`: captions are not read.
-    pub caption_tokens: Option<usize>,
+    /// What captions micro-batches bring; `None`: captions are not read.
+    pub captions: Option<CaptionOptions>,
     /// Where the memory of micro-batches comes from; [`PlainMemory`] unless a device wants page-locked memory.
     pub allocator: &'static dyn HostAllocator,
 }
@@ -68,7 +69,7 @@ pub struct MicroBatch {
     pub latent_shape: Vec<usize>,
     /// Classes `[micro_batch]`; none where the data set has none.
     pub labels: Vec<i64>,
-    /// A caption of each row, where [`StreamOptions::caption_tokens`] asks for them.
+    /// A caption of each row, where [`StreamOptions::captions`] asks for them.
     pub captions: Option<CaptionBatch>,
     /// Data set row numbers `[micro_batch]`.
     pub rows: Vec<u64>,
@@ -251,6 +252,10 @@ fn check(
         let reason = format!("{} data sets were given; the order is of {}", sources.len(), order.sources());
         return Err(DataError::Schedule(reason));
     };
+    if let Some(captions) = &options.captions {
+        let datasets: Vec<&LatentDataset> = sources.iter().map(|source| &*source.dataset).collect();
+        check_options(captions, &datasets)?;
+    }
     for (number, StreamSource { dataset, scaling_factor }) in sources.iter().enumerate() {
         let refuse = |reason: String| Err(DataError::Request { url: dataset.name().to_owned(), reason });
         let (found, expected) = (dataset.meta(), first.dataset.meta());
@@ -285,19 +290,6 @@ fn check(
         }
         if !scaling_factor.is_finite() || *scaling_factor <= 0.0 {
             return refuse(format!("the scaling factor is {scaling_factor}; expected a positive number"));
-        }
-        if let Some(tokens) = options.caption_tokens {
-            let (Some(captions), Some(first)) = (found.captions, sources[0].dataset.meta().captions) else {
-                return refuse(
-                    "captions are asked for, but there are none; name their column as `data.columns.caption`".into(),
-                );
-            };
-            if tokens == 0 || captions.dim != first.dim {
-                return refuse(format!(
-                    "captions of {tokens} tokens of {} numbers are asked for; here tokens have {}",
-                    first.dim, captions.dim
-                ));
-            }
         }
         if lanes.is_empty() || lanes.end > order.options().lanes {
             return refuse(format!("lanes {lanes:?} were asked for; there are {}", order.options().lanes));

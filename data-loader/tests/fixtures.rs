@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use data_loader::{
-    Columns, DataError, Flip, LatentDataset, MicroBatch, MicroBatchStream, PlainMemory, RowRun, ScheduleOptions,
-    Shapes, StreamOptions, StreamSource, verify,
+    CaptionOptions, Columns, DataError, Flip, LatentDataset, MicroBatch, MicroBatchStream, PlainMemory, RowRun,
+    ScheduleOptions, Shapes, StreamOptions, StreamSource, verify,
 };
 use serde_json::Value;
 
@@ -119,15 +119,15 @@ fn files_that_break_the_contract_are_refused_with_the_reason() {
 
 #[test]
 fn micro_batches_bring_a_caption_of_each_row() {
-    let options = StreamOptions {
-        prefetch_bytes: 1 << 20,
-        flip: Flip::Never,
-        num_classes: None,
-        threads: 2,
-        caption_tokens: Some(4),
-        allocator: &PlainMemory,
-    };
-    let take = |name: &str, options: StreamOptions| -> Result<Vec<MicroBatch>, DataError> {
+    let take = |name: &str, weights: Option<&[f64]>| -> Result<Vec<MicroBatch>, DataError> {
+        let options = StreamOptions {
+            prefetch_bytes: 1 << 20,
+            flip: Flip::Never,
+            num_classes: None,
+            threads: 2,
+            captions: weights.map(|weights| CaptionOptions { tokens: 4, weights: weights.to_vec() }),
+            allocator: &PlainMemory,
+        };
         let dataset = Arc::new(open(name)?);
         let schedule = ScheduleOptions { seed: 3, lanes: 1, micro_batch: 2, range_rows: 2, shuffle_window_rows: 4 };
         let order = dataset.order(schedule)?;
@@ -135,34 +135,35 @@ fn micro_batches_bring_a_caption_of_each_row() {
         let mut stream = MicroBatchStream::start(vec![source], order, 0..1, 0, 40, options)?;
         (0..40).map(|_| stream.next()).collect()
     };
-    let batches = take("caption_several.parquet", options).unwrap();
     let stored = &expected()["caption_several.parquet"];
-    let mut chosen = [0; 2];
-    for batch in &batches {
-        let captions = batch.captions.as_ref().unwrap();
-        assert_eq!((captions.tokens, captions.dim), (4, 3));
-        assert_eq!((captions.embeddings.len(), captions.mask.len()), (2 * 4 * 3, 2 * 4));
-        for (i, &row) in batch.rows.iter().enumerate() {
-            let found = &captions.embeddings[i * 12..][..12];
-            let of = |which: usize| {
-                let mut padded = numbers(&stored["captions"][row as usize][which]);
-                padded.resize(12, 0.0);
-                padded
-            };
-            let which = (0..2).find(|&which| found == of(which)).unwrap();
-            let mask: Vec<bool> =
-                (0..4).map(|token| stored["masks"][row as usize][which][token].as_bool().unwrap_or(false)).collect();
-            assert_eq!(captions.mask[i * 4..][..4], mask);
-            chosen[which] += 1;
+    // How often each of a row's two captions came.
+    let chosen = |batches: &[MicroBatch]| {
+        let mut chosen = [0; 2];
+        for batch in batches {
+            count(batch, stored, &mut chosen);
         }
+        chosen
+    };
+    let batches = take("caption_several.parquet", Some(&[])).unwrap();
+    let evenly = chosen(&batches);
+    assert!(evenly.iter().all(|&count| count > 20), "{evenly:?}");
+    let [most, some] = chosen(&take("caption_several.parquet", Some(&[0.8, 0.2])).unwrap());
+    assert!(most > 50 && some > 4, "{most}, {some}");
+    assert_eq!(chosen(&take("caption_several.parquet", Some(&[0.0, 2.0])).unwrap()), [0, 80]);
+    for (name, weights) in [("caption_several.parquet", &[1.0][..]), ("caption_columns.parquet", &[1.0, 1.0, 1.0])] {
+        let error = take(name, Some(weights)).unwrap_err().to_string();
+        assert!(error.contains("2 captions") && error.contains("data.caption_weights"), "{error}");
     }
-    assert!(chosen.iter().all(|&count| count > 20), "{chosen:?}");
+    for weights in [&[0.0, 0.0][..], &[-1.0, 2.0], &[f64::NAN, 1.0], &[f64::MAX, f64::MAX]] {
+        let error = take("caption_columns.parquet", Some(weights)).unwrap_err().to_string();
+        assert!(error.contains("captions are weighed by"), "{error}");
+    }
     // The same again, and nothing where nobody asks.
-    let again = take("caption_several.parquet", options).unwrap();
+    let again = take("caption_several.parquet", Some(&[])).unwrap();
     assert!(batches.iter().zip(&again).all(|(a, b)| a.captions == b.captions && a.rows == b.rows));
-    let without = take("caption_several.parquet", StreamOptions { caption_tokens: None, ..options }).unwrap();
+    let without = take("caption_several.parquet", None).unwrap();
     assert!(without.iter().all(|batch| batch.captions.is_none()));
-    let error = take("pyarrow_none.parquet", options).unwrap_err().to_string();
+    let error = take("pyarrow_none.parquet", Some(&[])).unwrap_err().to_string();
     assert!(error.contains("data.columns.caption"), "{error}");
     let tokens = |name: &str, configured| open(name).unwrap().caption_tokens(configured);
     assert_eq!(
@@ -170,4 +171,24 @@ fn micro_batches_bring_a_caption_of_each_row() {
         [4, 9]
     );
     assert!(tokens("caption_nested.parquet", None).unwrap_err().to_string().contains("ditharos.caption_shape"));
+}
+
+/// Counts which captions a micro-batch has, of two of a row, padded to four tokens of three numbers.
+fn count(batch: &MicroBatch, stored: &Value, chosen: &mut [usize; 2]) {
+    let captions = batch.captions.as_ref().unwrap();
+    assert_eq!((captions.tokens, captions.dim), (4, 3));
+    assert_eq!((captions.embeddings.len(), captions.mask.len()), (2 * 4 * 3, 2 * 4));
+    for (i, &row) in batch.rows.iter().enumerate() {
+        let found = &captions.embeddings[i * 12..][..12];
+        let of = |which: usize| {
+            let mut padded = numbers(&stored["captions"][row as usize][which]);
+            padded.resize(12, 0.0);
+            padded
+        };
+        let which = (0..2).find(|&which| found == of(which)).unwrap();
+        let mask: Vec<bool> =
+            (0..4).map(|token| stored["masks"][row as usize][which][token].as_bool().unwrap_or(false)).collect();
+        assert_eq!(captions.mask[i * 4..][..4], mask);
+        chosen[which] += 1;
+    }
 }

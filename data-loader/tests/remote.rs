@@ -66,7 +66,7 @@ fn epoch(dataset: &Arc<LatentDataset>, (lanes, micro_batch): (usize, usize)) -> 
         flip: Flip::Never,
         num_classes: Some(10),
         threads: 2,
-        caption_tokens: None,
+        captions: None,
         allocator: &PlainMemory,
     };
     let sources = vec![StreamSource { dataset: dataset.clone(), scaling_factor: 0.5 }];

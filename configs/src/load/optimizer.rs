@@ -41,9 +41,9 @@ pub(super) fn read(r: &mut Reader) -> OptimizerConfig {
 pub(super) fn read_ema(r: &mut Reader) -> EmaConfig {
     EmaConfig {
         decay: r.float("ema.decay", BELOW_ONE, 0.9999),
-        further_decays: r.float_list("ema.further_decays", BELOW_ONE),
+        further_decays: r.distinct_floats("ema.further_decays", BELOW_ONE),
         warmup: r.boolean("ema.warmup", false),
-        power: r.float_list("ema.power", (Excluded(0.0), Included(MAX_SIGMA_REL))),
+        power: r.distinct_floats("ema.power", (Excluded(0.0), Included(MAX_SIGMA_REL))),
     }
 }
 

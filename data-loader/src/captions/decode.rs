@@ -5,7 +5,7 @@ use arrow::buffer::BooleanBuffer;
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field};
 
-use super::layout::{CaptionLayout, Nesting};
+use super::layout::{CaptionLayout, CaptionMeta, Nesting};
 use crate::decode::{BadRow, Flat, Items, Level, first_null, numbers, without_view};
 
 /// The row of each caption, and its tokens.
@@ -93,6 +93,25 @@ pub(super) fn captions(array: &ArrayRef, layout: &CaptionLayout) -> Result<(Flat
     let row_of = |item: usize| captions[ends.partition_point(|end| *end * dim <= item)].0;
     let count = ends.last().copied().unwrap_or(0) * dim;
     Ok((numbers(&at, start, count, dtype, row_of, expected)?, captions))
+}
+
+/// Refuses captions that are more or longer than the data set tells.
+pub(super) fn check_counts(captions: &Captions, layout: &CaptionLayout) -> Result<(), BadRow> {
+    let CaptionMeta { most_tokens, per_row, .. } = layout.meta;
+    for caption in captions.chunk_by(|a, b| a.0 == b.0) {
+        let (row, count) = (caption[0].0, caption.len());
+        if let Some(most) = most_tokens
+            && let Some((_, tokens)) = caption.iter().find(|(_, tokens)| *tokens > most)
+        {
+            let expected = format!("at most {most}, as the metadata says");
+            return Err(BadRow { row, found: format!("a caption of {tokens} tokens"), expected });
+        }
+        if let Some(expected) = per_row.filter(|_| layout.nesting == Nesting::Captions && per_row != Some(count)) {
+            let expected = format!("{expected}, as the metadata says");
+            return Err(BadRow { row, found: format!("{count} captions"), expected });
+        }
+    }
+    Ok(())
 }
 
 /// The masks of a batch's captions, token by token.

@@ -84,7 +84,10 @@ impl CaptionLayout {
             return Err(refuse("neither the key nor the first row tells how many numbers a token has".into()));
         };
         let told_dim = |at: usize| told.as_ref().and_then(|dims| dims.len().checked_sub(at).and_then(|at| dims[at]));
-        let tokens_level = form.levels.len().checked_sub(2);
+        // Where every column fixes the number, the largest.
+        let tokens_of = |form: &Form| form.levels[form.levels.len().checked_sub(2)?];
+        let of_types =
+            || first.captions.iter().map(|(_, form)| tokens_of(form)).try_fold(0, |most, of| Some(of?.max(most)));
         let several_columns = (first.captions.len() > 1).then_some(first.captions.len());
         let dtype = match form.leaf {
             Leaf::F16 => Dtype::F16,
@@ -96,7 +99,7 @@ impl CaptionLayout {
         };
         let meta = CaptionMeta {
             dim,
-            most_tokens: told_dim(2).or_else(|| tokens_level.and_then(|at| form.levels[at])),
+            most_tokens: told_dim(2).or_else(of_types),
             per_row: match nesting {
                 Nesting::Captions => told_dim(3).or(form.levels[0]),
                 Nesting::Several(captions, _) => Some(captions),
@@ -105,6 +108,14 @@ impl CaptionLayout {
             dtype,
             masked: !first.caption_masks.is_empty(),
         };
+        let kind = |form: &Form| (form.levels.len(), std::mem::discriminant(&form.leaf));
+        if let Some((other, of_other)) = first.captions.iter().find(|(_, other)| kind(other) != kind(form)) {
+            return Err(refuse(format!("`{other}` is {of_other}; they must be alike")));
+        }
+        let (columns, masks) = (first.captions.len(), &first.caption_masks);
+        if !masks.is_empty() && masks.len() != columns {
+            return Err(refuse(format!("there are {columns} such columns, but masks only in {}", masks.join(", "))));
+        }
         if several_columns.is_some() && matches!(nesting, Nesting::Captions | Nesting::Several(..)) {
             return Err(refuse("columns that are numbered hold one caption each".into()));
         }

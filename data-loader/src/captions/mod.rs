@@ -95,6 +95,22 @@ impl LatentDataset {
         })
     }
 
+    /// Refuses rows with more captions than there are weights.
+    pub(crate) fn check_weights(
+        &self,
+        block: &CaptionBlock,
+        runs: &[RowRun],
+        weights: &[f64],
+    ) -> Result<(), DataError> {
+        let mut rows = runs.iter().flat_map(|run| run.first_row..run.first_row + run.rows).enumerate();
+        let more = rows.find(|(index, _)| !weights.is_empty() && block.count(*index) > weights.len());
+        more.map_or(Ok(()), |(index, row)| {
+            let (found, expected) = (block.count(index), weights.len());
+            let expected = format!("at most {expected}, as many as `data.caption_weights` has");
+            Err(self.row_error(row, &self.columns().caption, format!("{found} captions"), expected))
+        })
+    }
+
     fn no_captions(&self) -> DataError {
         let name = &self.columns().caption;
         let reason =
@@ -126,7 +142,9 @@ impl LatentDataset {
                     self.row_error(rows[bad.row].1, name, bad.found, bad.expected)
                 };
                 let array = self.column(at, batch, &column.name)?;
-                let (numbers, captions) = decode::captions(array, layout).map_err(|error| bad(error, &column.name))?;
+                let decoded = decode::captions(array, layout);
+                let decoded = decoded.and_then(|decoded| decode::check_counts(&decoded.1, layout).map(|()| decoded));
+                let (numbers, captions) = decoded.map_err(|error| bad(error, &column.name))?;
                 let mask = match &column.mask {
                     None => None,
                     Some(name) => {
@@ -148,11 +166,66 @@ impl LatentDataset {
     }
 }
 
-/// Which of a row's captions is taken: each equally often. One draw a row, also where it has but one caption, so that no row's
-/// choice depends on how many the others have.
-pub(crate) fn choose(choices: &mut impl Rng, captions: usize) -> usize {
-    // The upper half of the product: below `captions`, and even up to captions / 2^64.
-    ((u128::from(choices.next_u64()) * captions as u128) >> 64) as usize
+/// What captions micro-batches bring.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CaptionOptions {
+    /// Tokens that they are padded or cut to, at least 1; see [`LatentDataset::caption_tokens`].
+    pub tokens: usize,
+    /// How often each of a row's captions is taken; empty: all equally often. A row with fewer captions goes by the weights of those
+    /// that it has, or by none if these are 0.
+    pub weights: Vec<f64>,
+}
+
+/// Refuses captions that data sets cannot give.
+pub(crate) fn check_options(options: &CaptionOptions, datasets: &[&LatentDataset]) -> Result<(), DataError> {
+    let CaptionOptions { tokens, weights } = options;
+    let mut metas = Vec::with_capacity(datasets.len());
+    for dataset in datasets {
+        metas.push(dataset.meta().captions.ok_or_else(|| dataset.no_captions())?);
+    }
+    let most = metas.iter().try_fold(0, |most, meta| Some(meta.per_row?.max(most)));
+    let total: f64 = weights.iter().sum();
+    let bad = weights.iter().any(|weight| weight.is_nan() || *weight < 0.0) || !total.is_finite();
+    for (dataset, meta) in datasets.iter().zip(&metas) {
+        let refuse = |reason: String| Err(DataError::Request { url: dataset.name().to_owned(), reason });
+        if *tokens == 0 || meta.dim != metas[0].dim {
+            let (dim, of_first) = (meta.dim, metas[0].dim);
+            return refuse(format!(
+                "captions of {tokens} tokens of {of_first} numbers are asked for; here tokens have {dim}"
+            ));
+        }
+        if bad || (!weights.is_empty() && total == 0.0) {
+            return refuse(format!("captions are weighed by {weights:?}; expected numbers from 0 on, one above"));
+        }
+        let captions = meta.per_row.filter(|captions| *captions > weights.len()).or(most);
+        if let Some(captions) = captions.filter(|captions| !weights.is_empty() && *captions != weights.len()) {
+            let given = weights.len();
+            return refuse(format!(
+                "rows have {captions} captions, but `data.caption_weights` has {given}; give each a weight, 0 to leave it out"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Which of a row's captions is taken. One draw a row, also where it has but one caption, so that no row's choice depends on how
+/// many the others have.
+pub(crate) fn choose(choices: &mut impl Rng, weights: &[f64], captions: usize) -> usize {
+    let draw = choices.next_u64();
+    let weights = &weights[..captions.min(weights.len())];
+    let total: f64 = weights.iter().sum();
+    let Some(last) = weights.iter().rposition(|weight| *weight > 0.0) else {
+        // The upper half of the product: below `captions`, and even up to captions / 2^64.
+        return ((u128::from(draw) * captions as u128) >> 64) as usize;
+    };
+    // 53 bits are what an f64 below 1 holds.
+    let mut left = (draw >> 11) as f64 / (1u64 << 53) as f64 * total;
+    let taken = weights.iter().position(|weight| {
+        left -= weight;
+        left < 0.0
+    });
+    // Rounding may leave a rest.
+    taken.unwrap_or(last)
 }
 
 /// The chosen captions of a micro-batch.
@@ -184,3 +257,6 @@ impl CaptionBatch {
         block.caption(index, which, &mut self.embeddings[numbers..], &mut self.mask[tokens..]);
     }
 }
+
+#[cfg(test)]
+mod tests;

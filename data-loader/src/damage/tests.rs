@@ -50,7 +50,7 @@ fn read(
         flip: Flip::Never,
         num_classes: Some(10),
         threads: 2,
-        caption_tokens: None,
+        captions: None,
         allocator: &PlainMemory,
     };
     let sources = vec![StreamSource { dataset: dataset.clone(), scaling_factor: 1.0 }];

@@ -37,12 +37,13 @@ impl Filler {
         for (batch, slots) in batches.iter_mut().zip(slots.chunks(micro_batch)) {
             self.draw_flips(context, batch, slots.len());
             let mut choices = key(context, batch, Purpose::Caption).rng();
+            let weights = context.options.captions.as_ref().map_or(&[][..], |captions| &captions.weights);
             for slot in slots {
                 let (window, loaded) = windows[slot.window as usize];
                 let (block, row) = loaded.place(slot.at);
                 batch.labels.extend(block.labels().get(row));
                 if let Some((batch, (stored, row))) = batch.captions.as_mut().zip(loaded.captions(slot.at)) {
-                    batch.push(stored, row, captions::choose(&mut choices, stored.count(row)));
+                    batch.push(stored, row, captions::choose(&mut choices, weights, stored.count(row)));
                 }
                 batch.rows.push(loaded.row(slot.at));
                 batch.sources.push(window.source as u32);

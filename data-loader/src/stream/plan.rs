@@ -44,7 +44,7 @@ impl Context {
     /// Tokens and dim of the captions that micro-batches bring.
     pub fn caption_form(&self) -> Option<(usize, usize)> {
         let dim = self.sources[0].dataset.meta().captions?.dim;
-        Some((self.options.caption_tokens?, dim))
+        Some((self.options.captions.as_ref()?.tokens, dim))
     }
 
     /// The number type of a micro-batch and what its numbers are still to be multiplied by, where latents are used as

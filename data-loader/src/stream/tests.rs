@@ -13,7 +13,7 @@ const OPTIONS: StreamOptions = StreamOptions {
     flip: Flip::Stored,
     num_classes: Some(10),
     threads: 2,
-    caption_tokens: None,
+    captions: None,
     allocator: &PlainMemory,
 };
 
@@ -203,10 +203,10 @@ fn requests_that_cannot_be_met_are_refused_at_the_start() {
     };
     assert!(start(sources(&plain), 0..4, OPTIONS).contains("data.flip"));
     let options = StreamOptions { flip: Flip::Never, ..OPTIONS };
-    assert!(start(sources(&plain), 3..5, options).contains("lanes 3..5"));
+    assert!(start(sources(&plain), 3..5, options.clone()).contains("lanes 3..5"));
     let unscaled = StreamSource { dataset: plain.clone(), scaling_factor: f64::NAN };
-    assert!(start(vec![unscaled], 0..4, options).contains("NaN"));
-    assert!(start([sources(&plain), sources(&plain)].concat(), 0..4, options).contains("2 data sets"));
+    assert!(start(vec![unscaled], 0..4, options.clone()).contains("NaN"));
+    assert!(start([sources(&plain), sources(&plain)].concat(), 0..4, options.clone()).contains("2 data sets"));
     let folder = tempfile::tempdir().unwrap();
     let other = LaneSchedule::new(*schedule(&plain).options(), &[64]).unwrap();
     let started = MicroBatchStream::start(sources(&dataset(&folder)), other, 0..4, 0, 9, options);
@@ -334,7 +334,8 @@ fn rows_of_many_shapes_come_in_micro_batches_of_one() {
     let mut seen = std::collections::HashSet::new();
     for (lanes, first) in [(0..2, 0), (1..2, 13)] {
         let sources = vec![StreamSource { dataset: dataset.clone(), scaling_factor: 1.0 }];
-        let mut stream = MicroBatchStream::start(sources, order.clone(), lanes.clone(), first, 40, plain).unwrap();
+        let mut stream =
+            MicroBatchStream::start(sources, order.clone(), lanes.clone(), first, 40, plain.clone()).unwrap();
         for (step, lane) in (first..40).flat_map(|step| lanes.clone().map(move |lane| (step, lane))) {
             let batch = stream.next().unwrap();
             let rows: Vec<u64> = order.rows_of(step, lane).into_iter().map(|(_, row)| row).collect();
@@ -376,7 +377,7 @@ fn the_way_of_reading_and_the_number_of_threads_change_no_bit() {
                 // From one micro-batch at a time to whole windows.
                 for prefetch_bytes in [0, 2000, 1 << 20] {
                     let options = StreamOptions { flip, threads, prefetch_bytes, ..OPTIONS };
-                    assert_eq!(take(dataset, 0..4, 0..25, options), expected);
+                    assert_eq!(take(dataset, 0..4, 0..25, options.clone()), expected);
                     let some: Vec<Said> =
                         expected.iter().filter(|said| said.lane == 2 && said.step >= 7).cloned().collect();
                     assert_eq!(take(dataset, 2..3, 7..25, options), some);

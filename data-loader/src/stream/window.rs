@@ -104,9 +104,13 @@ impl Window {
             dataset.check_labels(block, context.options.num_classes)?;
         }
         let mut captions = Vec::new();
-        for runs in runs.iter().filter(|_| context.options.caption_tokens.is_some()) {
-            let Some(read) = wait_for(dataset, stopped, dataset.caption_runs(runs)) else { return Ok(None) };
-            captions.push(read?);
+        if let Some(options) = &context.options.captions {
+            for runs in &runs {
+                let Some(read) = wait_for(dataset, stopped, dataset.caption_runs(runs)) else { return Ok(None) };
+                let read = read?;
+                dataset.check_weights(&read, runs, &options.weights)?;
+                captions.push(read);
+            }
         }
         let _ = self.loaded.set(Loaded { blocks, captions, places, rows, replaced, direct });
         Ok(Some(()))

@@ -8,8 +8,8 @@ use crate::recipe::Recipe;
 use anyhow::{Context, Result};
 use configs::{OnBroken, RunConfig};
 use data_loader::{
-    BrokenGroup, Damage, LatentDataset, MicroBatchStream, MixedSource, OpenOptions, RowOrder, ScheduleOptions,
-    StreamOptions, StreamSource,
+    BrokenGroup, CaptionOptions, Damage, LatentDataset, MicroBatchStream, MixedSource, OpenOptions, RowOrder,
+    ScheduleOptions, StreamOptions, StreamSource,
 };
 use std::sync::Arc;
 
@@ -35,8 +35,8 @@ pub fn open_data(config: &RunConfig) -> Result<(Vec<StreamSource>, Recipe)> {
     Ok((sources, recipe))
 }
 
-/// Says where the sources of a mix may be latents of different VAEs.
-pub fn warnings(sources: &[StreamSource]) -> Vec<String> {
+/// Says where the sources of a mix may be latents of different VAEs, and what is read in vain.
+pub fn warnings(config: &RunConfig, sources: &[StreamSource]) -> Vec<String> {
     let digest = |source: &StreamSource| source.dataset.meta().vae_digest.clone();
     let known = sources.iter().filter_map(|source| Some((source.dataset.name(), digest(source)?)));
     let known: Vec<(&str, String)> = known.collect();
@@ -47,7 +47,9 @@ pub fn warnings(sources: &[StreamSource]) -> Vec<String> {
             "`data.mix`: {name} was made by the VAE {found}, {first} by {expected}; right only if their encoders are the same"
         )
     };
-    others.map(tell).collect()
+    let in_vain = "`data.caption_tokens`: captions are read, but this model takes none";
+    let in_vain = config.data.caption_tokens.map(|_| in_vain.to_owned());
+    others.map(tell).chain(in_vain).collect()
 }
 
 /// The order in which rows are read, by all ranks together.
@@ -96,14 +98,19 @@ impl Data {
             flip: config.data.flip,
             num_classes: Some(self.num_classes),
             threads: config.data.threads as usize,
-            // No model takes captions yet.
-            caption_tokens: None,
+            captions: caption_options(config),
             allocator: batch_memory(self.experiment.device),
         };
         let (sources, order, lanes) = (self.sources.clone(), self.order.clone(), self.experiment.block.range());
         let steps = done..config.train.steps;
         Ok(MicroBatchStream::start_skipping(sources, order, lanes, steps, options, damage)?)
     }
+}
+
+/// What captions a config asks for.
+fn caption_options(config: &RunConfig) -> Option<CaptionOptions> {
+    let weights = config.data.caption_weights.clone();
+    config.data.caption_tokens.map(|tokens| CaptionOptions { tokens, weights })
 }
 
 /// What the stream is to do about damage, given what the run has agreed on so far.

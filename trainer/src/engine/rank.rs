@@ -189,7 +189,7 @@ impl Prepared {
         ffi::set_deterministic()?;
         let device = choose_device(config.train.device, collective)?;
         let (sources, recipe) = open_data(config)?;
-        for warning in warnings(&sources).iter().filter(|_| collective.rank() == 0) {
+        for warning in warnings(config, &sources).iter().filter(|_| collective.rank() == 0) {
             eprintln!("trainer: warning: {warning}");
         }
         let upload_timeout = Duration::from_secs(config.checkpoint.upload_timeout_s);

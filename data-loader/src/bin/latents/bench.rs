@@ -54,7 +54,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         prefetch_bytes: args.prefetch_bytes,
         flip: Flip::Never,
         num_classes: None,
-        caption_tokens: None,
+        captions: None,
         threads: usize::from(args.threads),
         allocator: &PlainMemory,
     };
