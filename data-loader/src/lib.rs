@@ -61,4 +61,4 @@ pub use stores::BlockCache;
 pub use stream::{
     HostAllocator, HostMemory, Latents, MicroBatch, MicroBatchStream, PlainMemory, StreamOptions, StreamSource,
 };
-pub use writer::{LatentRow, LatentWriter, Row, WriterOptions, WrittenPart};
+pub use writer::{Caption, LatentRow, LatentWriter, Row, WriterOptions, WrittenPart};

@@ -14,7 +14,7 @@ use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt,
 use stores::ReadOptions;
 use stores::testing::{Tamper, Tampered};
 
-use crate::{LatentDataset, LatentRow, LatentWriter, OpenOptions, Row, WriterOptions};
+use crate::{Caption, CaptionMeta, LatentDataset, LatentRow, LatentWriter, OpenOptions, Row, WriterOptions};
 
 /// A row as written: mean, log-variance, and the same of the mirrored image where stored.
 pub struct Sample {
@@ -48,13 +48,33 @@ pub fn samples(rows: usize, options: &WriterOptions) -> Vec<Sample> {
     (0..rows).map(|row| sample(row, options)).collect()
 }
 
+/// The captions of row `row`, and their masks where there are any: numbers that tell row and caption, lengths that differ.
+pub fn captions(row: usize, meta: &CaptionMeta) -> Vec<(Vec<f32>, Vec<bool>)> {
+    let count = meta.per_row.unwrap_or(1 + row % 3);
+    let caption = |which: usize| {
+        let tokens = 1 + (row + which) % meta.most_tokens.unwrap_or(4);
+        let numbers = (0..tokens * meta.dim).map(|i| ((row * 5 + which * 17 + i) % 256) as f32 / 2.0 - 50.0);
+        (numbers.collect(), (0..tokens).map(|token| !meta.masked || token != 1).collect())
+    };
+    (0..count).map(caption).collect()
+}
+
 pub fn write(path: &FsPath, options: WriterOptions, samples: &[Sample]) {
     let means_only = if options.moments { 1 } else { 2 };
     let mut writer = LatentWriter::create(path, options.clone()).unwrap();
-    for Sample { latents, label, id } in samples {
+    for (row, Sample { latents, label, id }) in samples.iter().enumerate() {
         // Without moments only the means.
         let latents: Vec<&[f32]> = latents.iter().step_by(means_only).map(Vec::as_slice).collect();
-        writer.push_row(Row { latents: &latents, shape: None, label: options.labels.then_some(*label), id }).unwrap();
+        let stored = options.captions.map_or_else(Vec::new, |meta| captions(row, &meta));
+        let of_row: Vec<Caption<'_>> = stored
+            .iter()
+            .map(|(embeddings, mask)| Caption {
+                embeddings,
+                mask: options.captions.filter(|meta| meta.masked).map(|_| &mask[..]),
+            })
+            .collect();
+        let label = options.labels.then_some(*label);
+        writer.push_row(Row { latents: &latents, shape: None, captions: &of_row, label, id }).unwrap();
     }
     writer.finish().unwrap();
 }

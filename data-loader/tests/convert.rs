@@ -557,3 +557,66 @@ fn shards_are_named_by_patterns_and_sources_are_told_apart() {
     assert!(told.contains("LightningDit") && told.contains("WebDataset") && told.contains("--from"), "{told}");
     assert!(refused(tempfile::tempdir().unwrap().path(), &[]).contains("nothing that is known"));
 }
+
+/// Labels, captions and masks of each row, by its latent.
+fn captions_by_latent(path: &Path) -> std::collections::BTreeMap<String, String> {
+    let dataset = open(path);
+    let (block, meta) = (all(&dataset), dataset.meta().clone());
+    let captions = dataset.read_captions(&[RowRun { first_row: 0, rows: meta.rows }]).unwrap();
+    let told = |row: usize| {
+        let caption = |which: usize| {
+            let tokens = captions.tokens(row, which);
+            let (mut numbers, mut mask) = (vec![0.0; tokens * captions.dim()], vec![false; tokens]);
+            captions.caption(row, which, &mut numbers, &mut mask);
+            (numbers, mask)
+        };
+        let captions: Vec<_> = (0..captions.count(row)).map(caption).collect();
+        (format!("{:?}", latent(&block, 0, row)), format!("{:?} {captions:?}", block.labels().get(row)))
+    };
+    (0..meta.rows as usize).map(told).collect()
+}
+
+#[test]
+fn captions_are_kept_or_left_out_on_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let columns = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/columns");
+    for name in ["nested", "several", "binary", "columns", "flat", "datasets"] {
+        let source = columns.join(format!("caption_{name}.parquet"));
+        let expected = captions_by_latent(&source);
+        assert_eq!(expected.len(), 5);
+        // In order, and by way of a copy on the disk.
+        for (number, more) in [&[][..], &["--shuffle", "1", "--file-rows", "2"]].into_iter().enumerate() {
+            let there = open(&source).meta().labels;
+            let labels: &[&str] = if there { &[] } else { &["--unlabelled"] };
+            let (imported, exported) =
+                (folder.path().join(format!("{name}-{number}")), folder.path().join(format!("{name}-{number}-x")));
+            run(&[&["import", text(&source), text(&imported)], more, labels].concat());
+            run(&["export", text(&imported), text(&exported), "--to", "parquet"]);
+            for written in [&imported, &exported] {
+                assert_eq!(captions_by_latent(written), expected, "{name} {more:?}");
+                assert_eq!(
+                    open(written).meta().captions.unwrap().masked,
+                    open(&source).meta().captions.unwrap().masked
+                );
+                assert_eq!(verify(&open(written)), [""; 0]);
+            }
+        }
+    }
+    let source = columns.join("caption_several.parquet");
+    let out = folder.path().join("npy");
+    for to in ["npy", "safetensors", "webdataset", "mds"] {
+        let done = latents(&["export", text(&source), text(&out), "--to", to]);
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert!(
+            done.status.code() == Some(1) && said.contains("captions") && said.contains("--drop-captions"),
+            "{said}"
+        );
+        assert!(!out.exists(), "{to}");
+    }
+    run(&["export", text(&source), text(&out), "--to", "npy", "--drop-captions"]);
+    let bare = folder.path().join("bare");
+    run(&["import", text(&source), text(&bare), "--drop-captions"]);
+    assert_eq!(open(&bare).meta().captions, None);
+    let said = refused(&source, &["--column", "caption=caption_embeddings"]);
+    assert!(said.contains("no column `caption_embeddings` or `caption_embeddings_1`"), "{said}");
+}

@@ -22,6 +22,13 @@ pub struct CaptionMeta {
     pub masked: bool,
 }
 
+impl CaptionMeta {
+    /// Bytes of the captions of a row, as far as the metadata tells.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.per_row.unwrap_or(1) * self.most_tokens.unwrap_or(1) * self.dim * self.dtype.bytes()
+    }
+}
+
 /// The caption columns with everything that decoding takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CaptionLayout {

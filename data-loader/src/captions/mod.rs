@@ -80,6 +80,14 @@ impl CaptionBlock {
             *mask = token < tokens && part.mask.as_ref().is_none_or(|stored| stored.value(first_token + token));
         }
     }
+
+    /// Caption `which` of row `index` and its mask, at their own length.
+    pub(crate) fn caption_into(&self, index: usize, which: usize, embeddings: &mut Vec<f32>, mask: &mut Vec<bool>) {
+        let tokens = self.tokens(index, which);
+        embeddings.resize(tokens * self.meta.dim, 0.0);
+        mask.resize(tokens, false);
+        self.caption(index, which, embeddings, mask);
+    }
 }
 
 impl LatentDataset {
@@ -111,7 +119,7 @@ impl LatentDataset {
         })
     }
 
-    fn no_captions(&self) -> DataError {
+    pub(crate) fn no_captions(&self) -> DataError {
         let name = &self.columns().caption;
         let reason =
             format!("there are no captions: no column `{name}` or `{name}_1`; name it as `data.columns.caption`");

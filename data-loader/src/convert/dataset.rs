@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::array::{Array, Element};
-use super::{About, Names, Sample, Source, SourceFormat};
+use super::{About, CaptionArray, Sample, Source, SourceFormat, SourceOptions};
 use crate::read::Want;
 use crate::{DataError, LatentDataset, RowBlock, RowRun, Shapes};
 
@@ -17,9 +17,17 @@ pub(super) struct ParquetSource {
 impl ParquetSource {
     /// # Errors
     /// As [`LatentDataset::open`].
-    pub fn open(url: &str, names: &Names) -> Result<Self, DataError> {
-        let dataset = LatentDataset::open(url, &names.columns())?;
+    pub fn open(url: &str, options: &SourceOptions) -> Result<Self, DataError> {
+        let mut columns = options.names.columns();
+        if options.drop_captions {
+            // No column has an empty name.
+            columns.caption.clear();
+        }
+        let dataset = LatentDataset::open(url, &columns)?;
         let meta = dataset.meta();
+        if options.names.caption.is_some() && !options.drop_captions && meta.captions.is_none() {
+            return Err(dataset.no_captions());
+        }
         let row_shapes = meta.shapes != Shapes::Same;
         let about = About {
             name: dataset.name().to_owned(),
@@ -28,6 +36,7 @@ impl ParquetSource {
             row_shapes,
             moments: meta.moments,
             flipped: meta.flipped,
+            captions: meta.captions,
             labels: meta.labels,
             dtype: meta.dtype,
             scaling_factor: meta.scaling_factor,
@@ -45,6 +54,20 @@ impl ParquetSource {
         let run = RowRun { first_row: rows.start as u64, rows: rows.len() as u64 };
         let want = if with_ids && self.has_ids { Want::WithIds } else { Want::All };
         self.dataset.io.block_on(self.dataset.read_runs(&[run], want))
+    }
+
+    /// The captions of rows that follow one another.
+    fn captions(&self, rows: &[usize]) -> Result<Vec<Vec<CaptionArray>>, DataError> {
+        let Some(meta) = self.about.captions else { return Ok(vec![Vec::new(); rows.len()]) };
+        let run = RowRun { first_row: rows[0] as u64, rows: rows.len() as u64 };
+        let block = self.dataset.read_captions(&[run])?;
+        let caption = |index: usize, which: usize| {
+            let (mut embeddings, mut mask) = (Vec::new(), Vec::new());
+            block.caption_into(index, which, &mut embeddings, &mut mask);
+            CaptionArray { embeddings, mask: meta.masked.then_some(mask) }
+        };
+        let of_row = |index: usize| (0..block.count(index)).map(|which| caption(index, which)).collect();
+        Ok((0..block.len()).map(of_row).collect())
     }
 
     /// The names of a block's rows: their numbers where the files have none.
@@ -78,7 +101,8 @@ impl Source for ParquetSource {
         let mut samples = Vec::with_capacity(rows.len());
         for run in rows.chunk_by(|a, b| a + 1 == *b) {
             let block = self.block(run[0]..run[0] + run.len(), true)?;
-            for (index, id) in self.ids_of(&block).into_iter().enumerate() {
+            let captions = self.captions(run)?;
+            for ((index, id), captions) in self.ids_of(&block).into_iter().enumerate().zip(captions) {
                 let array = |column: usize| {
                     let mut numbers = vec![0.0; block.latent_numel(index)];
                     block.latent(column, index, &mut numbers);
@@ -88,7 +112,7 @@ impl Source for ParquetSource {
                         numbers,
                     }
                 };
-                samples.push(Sample { latents: (0..block.latent_columns()).map(array).collect(), id });
+                samples.push(Sample { latents: (0..block.latent_columns()).map(array).collect(), captions, id });
             }
         }
         Ok(samples)

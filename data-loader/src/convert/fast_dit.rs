@@ -79,6 +79,7 @@ impl FastDit {
             row_shapes: false,
             moments: false,
             flipped: false,
+            captions: None,
             labels: true,
             dtype: first.element.dtype().unwrap_or(Dtype::F32),
             scaling_factor: Some(1.0),
@@ -132,7 +133,7 @@ impl Source for FastDit {
         rows.iter()
             .map(|&row| {
                 let latent = read_features(&self.features.join(&self.files[row]))?;
-                Ok(Sample { latents: vec![latent], id: self.id(row) })
+                Ok(Sample { latents: vec![latent], captions: Vec::new(), id: self.id(row) })
             })
             .collect()
     }

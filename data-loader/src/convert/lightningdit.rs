@@ -81,6 +81,7 @@ impl LightningDit {
             row_shapes: false,
             moments: false,
             flipped: first.flipped.is_some(),
+            captions: None,
             labels: first.labels.is_some(),
             dtype: first.latents.element.dtype().unwrap_or(Dtype::F32),
             scaling_factor: None,
@@ -222,7 +223,7 @@ impl Source for LightningDit {
                     let array = Array::of(tensor.element, tensor.shape[1..].to_vec(), &bytes);
                     latents.push(array.map_err(|reason| DataError::source(self.place(rows[at]), reason))?);
                 }
-                samples[at] = Some(Sample { latents, id: shard.id(row) });
+                samples[at] = Some(Sample { latents, captions: Vec::new(), id: shard.id(row) });
             }
         }
         Ok(samples.into_iter().flatten().collect())

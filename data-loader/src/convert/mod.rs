@@ -32,7 +32,7 @@ pub use pipeline::{ConvertOptions, Converted, FileSize, Progress, convert};
 pub use sink::{ExportFormat, ParquetLayout};
 pub use values::Values;
 
-use crate::{Columns, DataError, Dtype};
+use crate::{Caption, CaptionMeta, Columns, DataError, Dtype};
 use array::Array;
 use files::Place;
 
@@ -70,6 +70,10 @@ pub struct Names {
     pub id: Option<String>,
     /// Shapes of the rows, in parquet.
     pub shape: Option<String>,
+    /// Caption embeddings, in parquet.
+    pub caption: Option<String>,
+    /// Their masks.
+    pub caption_mask: Option<String>,
 }
 
 impl Names {
@@ -84,6 +88,8 @@ impl Names {
             (&self.label, &mut columns.label),
             (&self.id, &mut columns.id),
             (&self.shape, &mut columns.shape),
+            (&self.caption, &mut columns.caption),
+            (&self.caption_mask, &mut columns.caption_mask),
         ] {
             if let Some(name) = name {
                 column.clone_from(name);
@@ -102,6 +108,8 @@ pub struct SourceOptions {
     pub shape: Option<Vec<usize>>,
     /// Their number type.
     pub bytes_dtype: Option<Dtype>,
+    /// Leave out captions.
+    pub drop_captions: bool,
     /// LightningDiT's file of channel statistics, where it is not beside the shards.
     pub stats: Option<String>,
 }
@@ -121,6 +129,8 @@ pub struct About {
     pub moments: bool,
     /// Whether the mirrored images' latents are stored too.
     pub flipped: bool,
+    /// The captions, where samples have them.
+    pub captions: Option<CaptionMeta>,
     /// Whether samples have classes.
     pub labels: bool,
     /// The number type of the first sample.
@@ -142,8 +152,24 @@ pub struct About {
 pub struct Sample {
     /// The latent, or mean and log-variance; then the same of the mirrored image.
     latents: Vec<Array>,
+    captions: Vec<CaptionArray>,
     /// Its name.
     id: String,
+}
+
+/// A caption of a sample.
+#[derive(Clone, Debug)]
+struct CaptionArray {
+    /// `[tokens, dim]`
+    embeddings: Vec<f32>,
+    /// `[tokens]`, where masks are stored.
+    mask: Option<Vec<bool>>,
+}
+
+impl CaptionArray {
+    fn as_written(&self) -> Caption<'_> {
+        Caption { embeddings: &self.embeddings, mask: self.mask.as_deref() }
+    }
 }
 
 /// Samples in another format.
@@ -183,7 +209,7 @@ pub trait Source: Send + Sync {
 pub fn open(url: &str, format: Option<SourceFormat>, options: &SourceOptions) -> Result<Box<dyn Source>, DataError> {
     let place = Place::parse(url)?;
     match format.map_or_else(|| detect(&place), Ok)? {
-        SourceFormat::Parquet => Ok(Box::new(dataset::ParquetSource::open(url, &options.names)?)),
+        SourceFormat::Parquet => Ok(Box::new(dataset::ParquetSource::open(url, options)?)),
         other => open_at(&place, other, options),
     }
 }
@@ -195,7 +221,7 @@ fn open_at(place: &Place, format: SourceFormat, options: &SourceOptions) -> Resu
         SourceFormat::LightningDit => Box::new(lightningdit::LightningDit::open(place, options)?),
         SourceFormat::WebDataset => Box::new(webdataset::WebDataset::open(place, options)?),
         SourceFormat::Mds => Box::new(mds::Mds::open(place, options)?),
-        SourceFormat::Parquet => Box::new(dataset::ParquetSource::open(&place.name(), &options.names)?),
+        SourceFormat::Parquet => Box::new(dataset::ParquetSource::open(&place.name(), options)?),
     })
 }
 

@@ -12,8 +12,8 @@ use super::order::{Order, permutation};
 use super::sink::{ExportFormat, Sink, SinkRow, parquet_name};
 use super::spool::Spool;
 use super::values::Values;
-use super::{About, Sample, Source};
-use crate::{DataError, Dtype, WriterOptions};
+use super::{About, CaptionArray, Sample, Source};
+use crate::{Caption, DataError, Dtype, WriterOptions};
 
 /// Rows that a thread reads at a time, and batches that it may have ready.
 const BATCH_ROWS: usize = 64;
@@ -159,6 +159,7 @@ pub(super) fn convert_to(
         moments: about.moments && !options.mean_only,
         flipped: about.flipped && !options.drop_flipped,
         labels: labels.is_some(),
+        captions: about.captions,
         scaling_factor,
         num_classes,
         vae_digest: options.vae_digest.clone().or(about.vae_digest.clone()),
@@ -170,7 +171,10 @@ pub(super) fn convert_to(
     let row_bytes = row_bytes(source, &writer)?;
     let rows_of_file = match options.file_size {
         FileSize::Rows(rows) => rows,
-        FileSize::Bytes(bytes) => (bytes / row_bytes.max(1)).max(1) as usize,
+        FileSize::Bytes(bytes) => {
+            let of_captions = about.captions.map_or(0, |captions| captions.row_bytes() as u64);
+            (bytes / (row_bytes + of_captions).max(1)).max(1) as usize
+        }
     };
     if rows_of_file == 0 {
         return Err(refuse("files of 0 rows; expected at least 1".into()));
@@ -352,10 +356,12 @@ impl Plan<'_> {
                 })??;
                 for (sample, &row) in samples.iter().zip(*batch) {
                     let latents: Vec<&[f32]> = sample.latents.iter().map(|latent| &latent.numbers[..]).collect();
+                    let captions: Vec<Caption<'_>> = sample.captions.iter().map(CaptionArray::as_written).collect();
                     let row_out = SinkRow {
                         latents: &latents,
                         shape: &sample.latents[0].shape,
                         dtype: self.dtype,
+                        captions: &captions,
                         label: self.labels.as_ref().map(|labels| labels[row]),
                         id: &sample.id,
                     };
@@ -411,6 +417,10 @@ impl Plan<'_> {
                         if number.is_finite() { "; take another --dtype" } else { "" }
                     ));
                 }
+            }
+            if let Some(captions) = &about.captions {
+                let written: Vec<Caption<'_>> = sample.captions.iter().map(CaptionArray::as_written).collect();
+                captions.check_row(&written).map_err(|reason| DataError::source(self.source.place(row), reason))?;
             }
         }
         Ok(samples)

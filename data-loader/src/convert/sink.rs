@@ -8,7 +8,7 @@ use super::fast_dit::FastDitSink;
 use super::lightningdit::LightningDitSink;
 use super::{mds, webdataset};
 use crate::writer::Row;
-use crate::{DataError, Dtype, LatentWriter, WriterOptions};
+use crate::{Caption, DataError, Dtype, LatentWriter, WriterOptions};
 
 /// How parquet files are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +55,9 @@ impl ExportFormat {
     /// # Errors
     /// With the words for a message, if the format has no way to say it.
     pub(super) fn sink(self, options: &WriterOptions) -> Result<Box<dyn Sink>, String> {
+        if options.captions.is_some() && !matches!(self, Self::Parquet(_)) {
+            return Err("has captions, which only parquet has a place for; take --drop-captions".into());
+        }
         let plain = matches!(self, Self::FastDit | Self::LightningDit);
         if plain && options.moments {
             return Err("stores posterior moments, which this format has no place for; take --posterior mean".into());
@@ -87,6 +90,7 @@ pub(super) struct SinkRow<'a> {
     pub latents: &'a [&'a [f32]],
     pub shape: &'a [usize],
     pub dtype: Dtype,
+    pub captions: &'a [Caption<'a>],
     pub label: Option<i64>,
     pub id: &'a str,
 }
@@ -137,7 +141,7 @@ struct ParquetPart(LatentWriter, bool);
 impl Part for ParquetPart {
     fn push(&mut self, row: SinkRow<'_>) -> Result<(), DataError> {
         let shape = self.1.then_some(row.shape);
-        self.0.push_row(Row { latents: row.latents, shape, label: row.label, id: row.id })
+        self.0.push_row(Row { latents: row.latents, shape, captions: row.captions, label: row.label, id: row.id })
     }
 
     fn finish(self: Box<Self>) -> Result<(), DataError> {

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::array::{Array, Element, to_bytes};
-use super::{About, Sample, Source};
+use super::{About, CaptionArray, Sample, Source};
 use crate::DataError;
 
 /// Rows that are copied at a time.
@@ -18,8 +18,17 @@ pub(super) struct Spool<'a> {
     about: About,
     file: File,
     ids: Vec<String>,
-    /// Where each sample begins, and the shape of its latents where it is not the first one's.
-    samples: Vec<(u64, Option<Vec<usize>>)>,
+    samples: Vec<Spooled>,
+    end: u64,
+}
+
+/// Where a sample is in the file: its latents, then each caption with its mask.
+struct Spooled {
+    start: u64,
+    /// The shape of its latents, where it is not the first one's.
+    shape: Option<Vec<usize>>,
+    /// Tokens of each caption.
+    tokens: Vec<u32>,
 }
 
 impl<'a> Spool<'a> {
@@ -38,7 +47,7 @@ impl<'a> Spool<'a> {
             let mut bytes = Vec::new();
             for (sample, &row) in source.read(batch)?.into_iter().zip(batch) {
                 let shape = sample.latents.first().map(|latent| latent.shape.clone()).unwrap_or_default();
-                samples.push((end + bytes.len() as u64, (shape != about.latent_shape).then_some(shape)));
+                let start = end + bytes.len() as u64;
                 for latent in &sample.latents {
                     let dtype = latent.element.dtype().filter(|dtype| *dtype == about.dtype).ok_or_else(|| {
                         let found = latent.element.name();
@@ -46,14 +55,21 @@ impl<'a> Spool<'a> {
                     })?;
                     to_bytes(dtype, &latent.numbers, &mut bytes);
                 }
+                let mut tokens = Vec::new();
+                for CaptionArray { embeddings, mask } in &sample.captions {
+                    let Some(meta) = about.captions else { break };
+                    to_bytes(meta.dtype, embeddings, &mut bytes);
+                    bytes.extend(mask.iter().flatten().map(|counts| u8::from(*counts)));
+                    tokens.push((embeddings.len() / meta.dim) as u32);
+                }
+                samples.push(Spooled { start, shape: (shape != about.latent_shape).then_some(shape), tokens });
                 ids.push(sample.id);
             }
             file.write_all_at(&bytes, end).map_err(failed)?;
             end += bytes.len() as u64;
             progress(batch.len());
         }
-        samples.push((end, None));
-        Ok(Self { source, about, file, ids, samples })
+        Ok(Self { source, about, file, ids, samples, end })
     }
 }
 
@@ -83,18 +99,31 @@ impl Source for Spool<'_> {
         let element = Element::Float(self.about.dtype);
         rows.iter()
             .map(|&row| {
-                let (start, shape) = &self.samples[row];
-                let mut bytes = vec![0; (self.samples[row + 1].0 - start) as usize];
+                let Spooled { start, shape, tokens } = &self.samples[row];
+                let end = self.samples.get(row + 1).map_or(self.end, |next| next.start);
+                let mut bytes = vec![0; (end - start) as usize];
                 self.file
                     .read_exact_at(&mut bytes, *start)
                     .map_err(|error| DataError::source(self.place(row), format!("its copy cannot be read: {error}")))?;
+                let refuse = |reason: String| DataError::source(self.place(row), reason);
                 let shape = shape.as_ref().unwrap_or(&self.about.latent_shape);
-                let latents = bytes
-                    .chunks_exact(bytes.len() / columns)
+                let latent_bytes = shape.iter().product::<usize>() * element.bytes();
+                let (latents, mut rest) = bytes.split_at(columns * latent_bytes);
+                let latents = latents
+                    .chunks_exact(latent_bytes)
                     .map(|bytes| Array::of(element, shape.clone(), bytes))
                     .collect::<Result<Vec<_>, _>>()
-                    .map_err(|reason| DataError::source(self.place(row), reason))?;
-                Ok(Sample { latents, id: self.ids[row].clone() })
+                    .map_err(refuse)?;
+                let mut captions = Vec::with_capacity(tokens.len());
+                for (&tokens, meta) in tokens.iter().zip(std::iter::repeat(self.about.captions).flatten()) {
+                    let (numbers, after) = rest.split_at(tokens as usize * meta.dim * meta.dtype.bytes());
+                    let (mask, after) = after.split_at(if meta.masked { tokens as usize } else { 0 });
+                    let embeddings = Element::Float(meta.dtype).floats(numbers).map_err(refuse)?;
+                    let mask = meta.masked.then(|| mask.iter().map(|counts| *counts != 0).collect());
+                    captions.push(CaptionArray { embeddings, mask });
+                    rest = after;
+                }
+                Ok(Sample { latents, captions, id: self.ids[row].clone() })
             })
             .collect()
     }

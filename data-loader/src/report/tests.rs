@@ -203,7 +203,7 @@ fn write_latents(path: &Path, shape: &[usize], scaling_factor: Option<f64>, late
     let mut writer = LatentWriter::create(path, options).unwrap();
     for (row, latent) in latents.iter().enumerate() {
         let id = row.to_string();
-        writer.push_row(Row { latents: &[latent], shape: None, label: Some(0), id: &id }).unwrap();
+        writer.push_row(Row { latents: &[latent], shape: None, captions: &[], label: Some(0), id: &id }).unwrap();
     }
     writer.finish().unwrap();
 }

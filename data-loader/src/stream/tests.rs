@@ -320,6 +320,7 @@ fn rows_of_many_shapes_come_in_micro_batches_of_one() {
             .push_row(crate::Row {
                 latents: &[&latent],
                 shape: Some(&shape(row)),
+                captions: &[],
                 label: Some(1),
                 id: &row.to_string(),
             })

@@ -3,16 +3,20 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use arrow::array::{ArrayRef, Float16Array, Float32Array};
+use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, FieldRef, Schema};
+use half::bf16;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
 use super::PAGE_ROWS;
-use crate::footer::{DTYPE, NUM_CLASSES, SCALING_FACTOR, SHAPE, VAE_DIGEST};
+use crate::block::Numbers;
+use crate::footer::{CAPTION_DTYPE, CAPTION_SHAPE, DTYPE, NUM_CLASSES, SCALING_FACTOR, SHAPE, VAE_DIGEST};
 use crate::form::shape_numel;
-use crate::{Columns, Dtype};
+use crate::{CaptionMeta, Columns, Dtype};
 
 const PAGE_BYTES: usize = 4 << 20;
 
@@ -33,6 +37,9 @@ pub struct WriterOptions {
     pub scaling_factor: Option<f64>,
     /// Labels lie in `0..num_classes`.
     pub num_classes: Option<usize>,
+    /// The captions, where rows have them. They are stored in `caption_embedding`, in `caption_embedding_1` and so on where every row
+    /// has the same number of several, with masks likewise.
+    pub captions: Option<CaptionMeta>,
     /// Digest of the VAE.
     pub vae_digest: Option<String>,
     /// Further key-value metadata.
@@ -56,6 +63,7 @@ impl WriterOptions {
             labels: true,
             scaling_factor: None,
             num_classes: None,
+            captions: None,
             vae_digest: None,
             metadata: Vec::new(),
             dtype: Dtype::F16,
@@ -88,7 +96,7 @@ impl WriterOptions {
         if self.row_group_rows == 0 {
             return Err("row groups of 0 rows; expected at least 1".into());
         }
-        Ok(())
+        self.captions.map_or(Ok(()), |captions| captions.check())
     }
 
     /// Numbers in a latent; `check` has passed.
@@ -110,6 +118,7 @@ impl WriterOptions {
         if self.row_shapes {
             fields.push(Field::new("shape", DataType::List(shape_item()), false));
         }
+        fields.extend(self.captions.iter().flat_map(CaptionMeta::fields));
         if self.labels {
             fields.push(Field::new(names.label, DataType::Int64, false));
         }
@@ -119,10 +128,13 @@ impl WriterOptions {
     }
 
     fn keys(&self) -> Vec<(String, String)> {
+        let bf16_captions = self.captions.filter(|captions| captions.dtype == Dtype::Bf16);
         let shape = (!self.row_shapes).then(|| format!("{:?}", self.latent_shape).replace(' ', ""));
         let given = [
             (SHAPE, shape),
             (DTYPE, (self.dtype == Dtype::Bf16).then(|| self.dtype.to_string())),
+            (CAPTION_SHAPE, self.captions.map(|captions| captions.shape())),
+            (CAPTION_DTYPE, bf16_captions.map(|captions| captions.dtype.to_string())),
             (SCALING_FACTOR, self.scaling_factor.map(|factor| factor.to_string())),
             (NUM_CLASSES, self.num_classes.map(|classes| classes.to_string())),
             (VAE_DIGEST, self.vae_digest.clone()),
@@ -143,21 +155,42 @@ impl WriterOptions {
             } else {
                 Compression::UNCOMPRESSED
             });
-        for name in self.latent_columns() {
-            let path = match schema.field_with_name(&name).map(Field::data_type) {
-                Ok(DataType::FixedSizeList(item, _) | DataType::List(item)) => {
-                    vec![name, "list".into(), item.name().clone()]
-                }
-                _ => vec![name],
-            };
-            // Latents do not repeat, and nobody asks for their minimum.
-            let path = ColumnPath::new(path);
+        let captions = self.captions.iter().flat_map(CaptionMeta::fields).map(|field| field.name().clone());
+        for name in self.latent_columns().into_iter().chain(captions) {
+            // Neither repeats, and nobody asks for their minimum.
+            let path = ColumnPath::new(schema.field_with_name(&name).map_or_else(|_| vec![name.clone()], leaf_path));
             properties = properties
                 .set_column_dictionary_enabled(path.clone(), false)
                 .set_column_statistics_enabled(path, EnabledStatistics::None);
         }
         properties.build()
     }
+}
+
+/// The parquet path of the numbers in a column.
+fn leaf_path(field: &Field) -> Vec<String> {
+    let mut path = vec![field.name().clone()];
+    let mut at = field.data_type();
+    while let DataType::FixedSizeList(item, _) | DataType::List(item) = at {
+        path.extend(["list".to_owned(), item.name().clone()]);
+        at = item.data_type();
+    }
+    path
+}
+
+/// Numbers that parquet has lists of.
+pub(super) fn numbers_array(numbers: Numbers) -> ArrayRef {
+    match numbers {
+        Numbers::F16(numbers) => Arc::new(Float16Array::from(numbers)),
+        Numbers::F32(numbers) => Arc::new(Float32Array::from(numbers)),
+        // As bytes, see `little_endian`.
+        Numbers::Bf16(_) => unreachable!("parquet has no lists of bf16"),
+    }
+}
+
+/// The bytes of numbers of which parquet has no list.
+pub(super) fn little_endian(numbers: &[bf16]) -> Buffer {
+    Buffer::from_vec(numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>())
 }
 
 /// The item of a list of latent numbers.

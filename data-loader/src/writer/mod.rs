@@ -1,5 +1,6 @@
 //! Writes one parquet part file of latents, whole or not at all.
 
+mod captions;
 mod layout;
 #[cfg(test)]
 mod tests;
@@ -9,14 +10,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, BinaryArray, FixedSizeBinaryArray, FixedSizeListArray, Float16Array, Float32Array, Int32Array,
-    Int64Array, ListArray, RecordBatch, StringArray,
+    ArrayRef, BinaryArray, FixedSizeBinaryArray, FixedSizeListArray, Int32Array, Int64Array, ListArray, RecordBatch,
+    StringArray,
 };
-use arrow::buffer::{Buffer, OffsetBuffer};
+use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::Schema;
 use parquet::arrow::ArrowWriter;
 
+pub use captions::Caption;
 pub use layout::WriterOptions;
+
+use captions::WaitingCaptions;
 
 use crate::DataError;
 use crate::block::Numbers;
@@ -49,6 +53,8 @@ pub struct Row<'a> {
     pub latents: &'a [&'a [f32]],
     /// The shape of this row's latents, where rows have shapes of their own.
     pub shape: Option<&'a [usize]>,
+    /// The captions, where captions are stored.
+    pub captions: &'a [Caption<'a>],
     /// The class, where classes are stored.
     pub label: Option<i64>,
     /// The sample's name, unique in the data set.
@@ -91,6 +97,7 @@ struct Waiting {
     numels: Vec<usize>,
     /// The same rows' shapes.
     shapes: Vec<Vec<i32>>,
+    captions: Option<WaitingCaptions>,
     labels: Vec<i64>,
     ids: Vec<String>,
 }
@@ -126,14 +133,15 @@ impl LatentWriter {
     pub fn push(&mut self, row: LatentRow<'_>) -> Result<(), DataError> {
         let mut latents = vec![row.mean, row.logvar];
         latents.extend(row.flipped.into_iter().flat_map(|(mean, logvar)| [mean, logvar]));
-        self.push_row(Row { latents: &latents, shape: None, label: Some(row.label), id: row.id })
+        self.push_row(Row { latents: &latents, shape: None, captions: &[], label: Some(row.label), id: row.id })
     }
 
     /// Appends a row.
     ///
     /// # Errors
     /// If the row has other columns than the file, a slice has another length than the shape, a number is not finite or
-    /// more than the number type holds, the label is no class, or the disk is full. The row is left out then.
+    /// more than the number type holds, the label is no class, a caption is not as the file says, or the disk is full. The row is
+    /// left out then.
     pub fn push_row(&mut self, row: Row<'_>) -> Result<(), DataError> {
         self.take(row).map_err(|reason| DataError::Write {
             file: self.path.display().to_string(),
@@ -175,6 +183,11 @@ impl LatentWriter {
             if latent.len() != numel {
                 return Err(format!("`{name}` has {} numbers; shape {shape:?} takes {numel}", latent.len()));
             }
+        }
+        match &self.options.captions {
+            Some(captions) => captions.check_row(row.captions)?,
+            None if !row.captions.is_empty() => return Err("has captions, but the file has no column for them".into()),
+            None => {}
         }
         self.waiting.push(&row, shape).map_err(|(column, at, number)| {
             format!(
@@ -231,11 +244,13 @@ impl Drop for LatentWriter {
 impl Waiting {
     fn new(options: &WriterOptions) -> Self {
         let latents = options.latent_columns().iter().map(|_| Numbers::zeros(options.dtype, 0)).collect();
-        Self { latents, ..Self::default() }
+        let captions = options.captions.map(WaitingCaptions::new);
+        Self { latents, captions, ..Self::default() }
     }
 
     fn bytes(&self) -> usize {
-        self.latents.iter().map(Numbers::byte_len).sum()
+        let captions = self.captions.as_ref().map_or(0, WaitingCaptions::bytes);
+        self.latents.iter().map(Numbers::byte_len).sum::<usize>() + captions
     }
 
     /// `Err` with latent column, position and number, if the number type cannot hold one; nothing is appended then.
@@ -251,6 +266,9 @@ impl Waiting {
         if row.shape.is_some() {
             self.numels.push(shape.iter().product());
             self.shapes.push(shape.iter().map(|&dim| dim as i32).collect());
+        }
+        if let Some(captions) = &mut self.captions {
+            captions.push(row.captions);
         }
         self.labels.extend(row.label);
         self.ids.push(row.id.to_owned());
@@ -269,6 +287,7 @@ impl Waiting {
             let offsets = OffsetBuffer::<i32>::from_lengths(self.shapes.iter().map(Vec::len));
             arrays.push(Arc::new(ListArray::new(layout::shape_item(), offsets, Arc::new(dims), None)));
         }
+        arrays.extend(self.captions.map_or_else(Vec::new, WaitingCaptions::arrays));
         if options.labels {
             arrays.push(Arc::new(Int64Array::from(self.labels)));
         }
@@ -279,11 +298,10 @@ impl Waiting {
 
 /// A latent column; `numels` counts the numbers of rows with shapes of their own.
 fn latent_array(numbers: Numbers, options: &WriterOptions, numels: &[usize]) -> Result<ArrayRef, String> {
-    let items: ArrayRef = match numbers {
-        Numbers::F16(numbers) => Arc::new(Float16Array::from(numbers)),
-        Numbers::F32(numbers) => Arc::new(Float32Array::from(numbers)),
+    let items = match numbers {
+        numbers @ (Numbers::F16(_) | Numbers::F32(_)) => layout::numbers_array(numbers),
         Numbers::Bf16(numbers) => {
-            let bytes = Buffer::from_vec(numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>());
+            let bytes = layout::little_endian(&numbers);
             if options.row_shapes {
                 let offsets = OffsetBuffer::<i32>::from_lengths(numels.iter().map(|numel| numel * 2));
                 return Ok(Arc::new(BinaryArray::new(offsets, bytes, None)));

@@ -1,8 +1,8 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
 use crate::Columns;
-use crate::testing::{sample, samples, write};
-use crate::{Dtype, LatentDataset, RowRun};
+use crate::testing::{captions, sample, samples, write};
+use crate::{CaptionMeta, Dtype, LatentDataset, RowRun};
 
 #[test]
 fn what_is_written_is_read_back_in_every_layout() {
@@ -95,6 +95,7 @@ fn plain_latents_are_read_back_in_every_number_type() {
             let row = Row {
                 latents: &both[..1 + usize::from(flipped)],
                 shape: None,
+                captions: &[],
                 label: Some(row as i64 % 3),
                 id: &row.to_string(),
             };
@@ -123,7 +124,7 @@ fn a_refused_row_leaves_no_trace() {
     let options = WriterOptions { moments: false, flipped: true, ..WriterOptions::new(vec![1, 1, 2]) };
     let mut writer = LatentWriter::create(&path, options).unwrap();
     let mut push = |latents: &[&[f32]], shape, label| {
-        writer.push_row(Row { latents, shape, label, id: "x" }).map_err(|error| error.to_string())
+        writer.push_row(Row { latents, shape, captions: &[], label, id: "x" }).map_err(|error| error.to_string())
     };
     push(&[&[1.0, 2.0], &[3.0, 4.0]], None, Some(0)).unwrap();
     // The second column is refused after the first was taken.
@@ -142,4 +143,68 @@ fn a_refused_row_leaves_no_trace() {
     };
     assert_eq!([read(0, 0), read(1, 0), read(0, 1), read(1, 1)], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]);
     assert_eq!(block.labels(), [0, 1]);
+}
+
+#[test]
+fn captions_are_read_back_in_every_layout() {
+    let of = |dtype, per_row, most_tokens, masked| CaptionMeta { dim: 3, most_tokens, per_row, dtype, masked };
+    for meta in [
+        of(Dtype::F16, Some(1), Some(4), true),
+        of(Dtype::F32, Some(3), None, true),
+        of(Dtype::F16, None, Some(5), true),
+        of(Dtype::F32, None, None, false),
+        of(Dtype::Bf16, Some(1), Some(4), false),
+        of(Dtype::Bf16, Some(2), None, true),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = WriterOptions { captions: Some(meta), row_group_rows: 70, ..WriterOptions::new(vec![1, 1, 2]) };
+        write(&folder.path().join("a.parquet"), options.clone(), &samples(300, &options));
+        let dataset = LatentDataset::open(folder.path().to_str().unwrap(), &Columns::default()).unwrap();
+        assert_eq!(dataset.meta().captions, Some(meta));
+        let block = dataset.read_captions(&[RowRun { first_row: 0, rows: 300 }]).unwrap();
+        for row in 0..300 {
+            let expected = captions(row, &meta);
+            assert_eq!(block.count(row), expected.len(), "{meta:?} row {row}");
+            for (which, (embeddings, mask)) in expected.iter().enumerate() {
+                let (mut numbers, mut counts) = (Vec::new(), Vec::new());
+                block.caption_into(row, which, &mut numbers, &mut counts);
+                assert_eq!((&numbers, &counts), (embeddings, mask), "{meta:?} row {row} caption {which}");
+            }
+        }
+    }
+}
+
+#[test]
+fn captions_that_break_the_contract_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    let meta = CaptionMeta { dim: 2, most_tokens: Some(3), per_row: Some(1), dtype: Dtype::F16, masked: true };
+    let options = WriterOptions { moments: false, captions: Some(meta), ..WriterOptions::new(vec![1, 1, 2]) };
+    let row = Row { latents: &[&[1.0, 2.0]], shape: None, captions: &[], label: Some(0), id: "x" };
+    let caption = |embeddings| Caption { embeddings, mask: None };
+    let mut writer = LatentWriter::create(&path, options.clone()).unwrap();
+    for (captions, words) in [
+        (&[][..], "0 captions; expected 1"),
+        (&[caption(&[0.0; 2]), caption(&[0.0; 2])], "2 captions"),
+        (&[caption(&[])], "0 numbers; expected tokens of 2"),
+        (&[caption(&[0.0; 3])], "3 numbers"),
+        (&[caption(&[0.0; 8])], "4 tokens; expected at most 3"),
+        (&[caption(&[0.0, 70000.0])], "70000 at position 1, which f16 cannot hold"),
+        (&[Caption { embeddings: &[0.0; 4], mask: Some(&[true]) }], "a mask of 1"),
+        (&[Caption { embeddings: &[0.0; 4], mask: Some(&[false, false]) }], "0 of them true"),
+    ] {
+        let error = writer.push_row(Row { captions, ..row }).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    writer.push_row(Row { captions: &[caption(&[1.0, 2.0])], ..row }).unwrap();
+    assert_eq!(writer.finish().unwrap().rows, 1);
+    let dataset = LatentDataset::open(path.to_str().unwrap(), &Columns::default()).unwrap();
+    assert_eq!(dataset.read_captions(&[RowRun { first_row: 0, rows: 1 }]).unwrap().tokens(0, 0), 1);
+
+    let mut without = LatentWriter::create(&path, WriterOptions { captions: None, ..options.clone() }).unwrap();
+    let error = without.push_row(Row { captions: &[caption(&[1.0, 2.0])], ..row }).unwrap_err().to_string();
+    assert!(error.contains("no column for them"), "{error}");
+    let several = CaptionMeta { per_row: None, dtype: Dtype::Bf16, ..meta };
+    let options = WriterOptions { captions: Some(several), ..options };
+    assert!(LatentWriter::create(&path, options).err().unwrap().to_string().contains("bf16"));
 }

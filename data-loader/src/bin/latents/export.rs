@@ -27,6 +27,9 @@ pub struct ExportArgs {
     /// Leave out the mirrored latents.
     #[arg(long)]
     drop_flipped: bool,
+    /// Leave out captions, which only parquet has a place for.
+    #[arg(long)]
+    drop_captions: bool,
     /// Multiply the numbers by the data set's scaling factor, as fast-DiT stores them.
     #[arg(long)]
     scaled: bool,
@@ -61,7 +64,8 @@ enum Posterior {
 
 pub fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     let told = Told::new();
-    let source_options = SourceOptions { names: args.names.names()?, ..SourceOptions::default() };
+    let source_options =
+        SourceOptions { names: args.names.names()?, drop_captions: args.drop_captions, ..SourceOptions::default() };
     let source = open(&args.url, Some(SourceFormat::Parquet), &source_options)?;
     let layout = &args.layout;
     let (format, usual_dtype) = match args.to {

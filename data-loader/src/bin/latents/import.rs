@@ -61,6 +61,9 @@ pub struct ImportArgs {
     /// Their number type.
     #[arg(long, value_enum)]
     bytes_dtype: Option<StoredDtype>,
+    /// Leave out the captions of parquet.
+    #[arg(long)]
+    drop_captions: bool,
     #[command(flatten)]
     layout: LayoutArgs,
 }
@@ -103,6 +106,7 @@ pub fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
         names: args.names.names()?,
         shape: args.shape.clone(),
         bytes_dtype: args.bytes_dtype.map(Into::into),
+        drop_captions: args.drop_captions,
         stats: args.stats.clone(),
     };
     let source = open(&args.source, args.from.format(), &source_options)?;

@@ -93,7 +93,7 @@ impl LayoutArgs {
 #[derive(Args)]
 pub struct NameArgs {
     /// Name of a column, tensor or member, as `latent=vae.npy`; keys: latent, moments, latent_mean, latent_logvar,
-    /// latent_flipped, label, id, shape. In WebDataset a field of the JSON member is `label=json:class`.
+    /// latent_flipped, label, id, shape, caption, caption_mask. In WebDataset a field of the JSON member is `label=json:class`.
     #[arg(long = "column", value_name = "KEY=NAME")]
     columns: Vec<String>,
 }
@@ -113,8 +113,10 @@ impl NameArgs {
                 "label" => &mut names.label,
                 "id" => &mut names.id,
                 "shape" => &mut names.shape,
+                "caption" => &mut names.caption,
+                "caption_mask" => &mut names.caption_mask,
                 _ => anyhow::bail!(
-                    "--column {text}: unknown key `{key}`; expected latent, moments, latent_mean, latent_logvar, latent_flipped, label, id or shape"
+                    "--column {text}: unknown key `{key}`; expected latent, moments, latent_mean, latent_logvar, latent_flipped, label, id, shape, caption or caption_mask"
                 ),
             };
             *place = Some(name.to_owned());

@@ -50,6 +50,7 @@ impl Mds {
                 row_shapes: false,
                 moments: columns.roles.moments(),
                 flipped: columns.roles.flipped,
+                captions: None,
                 labels: columns.label.is_some(),
                 dtype: Dtype::F32,
                 scaling_factor: None,
@@ -165,7 +166,7 @@ impl Source for Mds {
                 let array = encoding.read(columns[*at]).map_err(refuse)?;
                 latents.extend(self.columns.roles.latents(array).map_err(refuse)?);
             }
-            samples.push(Sample { latents, id: self.id(row, columns)? });
+            samples.push(Sample { latents, captions: Vec::new(), id: self.id(row, columns)? });
             Ok(())
         })?;
         Ok(samples)

@@ -44,6 +44,7 @@ impl WebDataset {
                 row_shapes: false,
                 moments: members.roles.moments(),
                 flipped: members.roles.flipped,
+                captions: None,
                 labels: samples.iter().all(|sample| sample.label.is_some()),
                 dtype: Dtype::F32,
                 scaling_factor: None,
@@ -109,7 +110,7 @@ impl Source for WebDataset {
                     let array = npy::array(&read.next().unwrap_or_default()).map_err(refuse)?;
                     latents.extend(self.members.roles.latents(array).map_err(refuse)?);
                 }
-                samples[at] = Some(Sample { latents, id: sample.id().to_owned() });
+                samples[at] = Some(Sample { latents, captions: Vec::new(), id: sample.id().to_owned() });
             }
         }
         Ok(samples.into_iter().flatten().collect())
