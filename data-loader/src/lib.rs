@@ -52,8 +52,8 @@ pub use fixed::{FixedOptions, FixedRows};
 pub use form::Dtype;
 pub use order::{MixedSource, RowOrder};
 pub use report::{
-    ChannelStats, ColumnLayout, InspectOptions, Inspection, Layout, Preview, Problem, ReadSpeed, ShapeCount, Spread,
-    Verification, VerifyOptions, inspect, inspect_with, preview, verify, verify_with,
+    CaptionSummary, ChannelStats, ColumnLayout, CountRange, InspectOptions, Inspection, Layout, Preview, Problem,
+    ReadSpeed, ShapeCount, Spread, Verification, VerifyOptions, inspect, inspect_with, preview, verify, verify_with,
 };
 pub use schedule::{EpochOrder, LaneSchedule, RowRun, ScheduleOptions};
 pub use shapes::{RowShapes, Shapes};

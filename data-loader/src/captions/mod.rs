@@ -103,6 +103,24 @@ impl LatentDataset {
         })
     }
 
+    /// An error for each caption of `run` with a number that is not finite.
+    pub(crate) fn bad_captions<'a>(
+        &'a self,
+        run: RowRun,
+        block: &'a CaptionBlock,
+    ) -> impl Iterator<Item = DataError> + 'a {
+        let captions = (0..block.len()).flat_map(|index| (0..block.count(index)).map(move |which| (index, which)));
+        let (mut numbers, mut mask) = (Vec::new(), Vec::new());
+        captions.filter_map(move |(index, which)| {
+            block.caption_into(index, which, &mut numbers, &mut mask);
+            let at = numbers.iter().position(|number| !number.is_finite())?;
+            let (token, at_token) = (at / block.dim(), at % block.dim());
+            let found = format!("{} at position {at_token} of token {token} of caption {which}", numbers[at]);
+            let row = run.first_row + index as u64;
+            Some(self.row_error(row, &self.columns().caption, found, "finite numbers".into()))
+        })
+    }
+
     /// Refuses rows with more captions than there are weights.
     pub(crate) fn check_weights(
         &self,

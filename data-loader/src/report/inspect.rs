@@ -6,9 +6,10 @@ use std::ops::ControlFlow;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::captions::{CaptionSummary, CaptionTally};
 use super::in_order::in_order;
 use super::{Layout, Progress, ReadSpeed};
-use crate::{DataError, LatentDataset, RowBlock, Shapes};
+use crate::{DataError, LatentDataset, RowBlock, RowRun, Shapes};
 
 /// Row groups that are decoded at a time.
 const THREADS: usize = 2;
@@ -45,7 +46,7 @@ pub struct Inspection {
     pub url: String,
     /// Rows of all files.
     pub rows: u64,
-    /// Rows that `labels`, `channels` and `non_finite` tell of: all, or a sample.
+    /// Rows that `labels`, `channels`, `captions` and `non_finite` tell of: all, or a sample.
     pub rows_read: u64,
     /// Parquet files.
     pub files: usize,
@@ -76,6 +77,9 @@ pub struct Inspection {
     pub channels: Vec<ChannelStats>,
     /// Numbers that are NaN or infinite.
     pub non_finite: u64,
+    /// The captions, where rows have them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub captions: Option<CaptionSummary>,
     /// SHA-256 over all latents in row order as little-endian f32; absent if not all rows were read.
     pub sha256_f32: Option<String>,
     /// Columns, row groups, pages.
@@ -98,9 +102,17 @@ pub fn inspect_with(
     let channels = shapes.shapes().iter().map(|shape| shape[0]).min().unwrap_or(0);
     let (sample, speed) = dataset.timed_sample()?;
     let mut tally = Tally::new(channels);
+    let mut captions = CaptionTally::default();
+    let of_captions = |run: RowRun| match &meta.captions {
+        Some(_) => dataset.read_captions(&[run]).map(|block| CaptionTally::of(&block)),
+        None => Ok(CaptionTally::default()),
+    };
     let mut digest = None;
     if options.quick {
         sample.iter().for_each(|block| tally.add(&Tally::of(block, channels)));
+        for run in dataset.sample_runs() {
+            captions.join(&of_captions(run)?);
+        }
     } else {
         drop(sample);
         let mut hash = Sha256::new();
@@ -108,11 +120,13 @@ pub fn inspect_with(
         let groups = dataset.row_groups();
         let read = |at: usize| {
             let block = dataset.read_row_group(&groups[at])?;
-            Ok((Tally::of(&block, channels), block))
+            let captions = of_captions(RowRun { first_row: groups[at].first_row, rows: groups[at].rows })?;
+            Ok((Tally::of(&block, channels), captions, block))
         };
         in_order(groups.len(), THREADS, read, |_, result: Result<_, DataError>| match result {
-            Ok((of_group, block)) => {
+            Ok((of_group, of_captions, block)) => {
                 tally.add(&of_group);
+                captions.join(&of_captions);
                 hash_latents(&block, &mut hash);
                 progress(tally.rows);
                 ControlFlow::Continue(())
@@ -151,6 +165,7 @@ pub fn inspect_with(
         channels: tally.channel_stats(),
         non_finite: tally.non_finite,
         labels: tally.labels,
+        captions: captions.summary(dataset),
         sha256_f32: digest,
         layout: Layout::of(dataset),
         speed,

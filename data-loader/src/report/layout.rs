@@ -149,6 +149,12 @@ fn role(dataset: &LatentDataset, footer: &Footer, name: &str) -> Option<&'static
     if footer.latents.iter().any(|(latent, _)| latent == name) {
         return Some("latent");
     }
+    if footer.captions.iter().any(|(caption, _)| caption == name) {
+        return Some("caption");
+    }
+    if footer.caption_masks.iter().any(|mask| mask == name) {
+        return Some("mask");
+    }
     let columns = dataset.columns();
     [(&columns.label, "label"), (&columns.id, "id")]
         .into_iter()

@@ -1,5 +1,6 @@
 //! What is in a data set (`latents inspect`), what it looks like, and whether it can be trusted (`latents verify`).
 
+mod captions;
 mod in_order;
 mod inspect;
 mod layout;
@@ -7,6 +8,7 @@ mod preview;
 mod sample;
 mod verify;
 
+pub use captions::{CaptionSummary, CountRange};
 pub use inspect::{ChannelStats, InspectOptions, Inspection, ShapeCount, inspect, inspect_with};
 pub use layout::{ColumnLayout, Layout, Spread};
 pub use preview::{Preview, preview};

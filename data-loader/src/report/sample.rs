@@ -36,7 +36,7 @@ impl LatentDataset {
     }
 
     /// Runs of rows, spread over the data set, of about [`SAMPLE_BYTES`] in all; the whole data set if that is no more.
-    fn sample_runs(&self) -> Vec<RowRun> {
+    pub(crate) fn sample_runs(&self) -> Vec<RowRun> {
         let rows = self.meta().rows;
         let row_bytes = self.files.iter().map(|footer| footer.file.file_bytes).sum::<u64>().div_ceil(rows).max(1);
         let wanted = (SAMPLE_BYTES / row_bytes).clamp(1, PLACES * ROWS_AT_PLACE);

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::*;
 use crate::pages::{PageKind, pages};
 use crate::testing::{sample, samples, write};
-use crate::{Columns, LatentDataset, LatentWriter, Row, WriterOptions};
+use crate::{CaptionMeta, Columns, Dtype, LatentDataset, LatentWriter, Row, WriterOptions};
 
 fn open(path: &Path) -> LatentDataset {
     LatentDataset::open(path.to_str().unwrap(), &Columns::default()).unwrap()
@@ -276,4 +276,51 @@ fn a_row_is_read_back_as_it_was_sampled() {
     let mut latent = [0f32; 4];
     blocks[0].latent(0, 2, &mut latent);
     assert_eq!((latent.to_vec(), speed.rows), (sample(2, &options).latents[0].clone(), 3));
+}
+
+#[test]
+fn captions_are_counted_and_their_damage_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    // Row r has 1 + r % 3 captions, caption c of it 1 + (r + c) % 4 tokens; the second token does not count.
+    let meta = CaptionMeta { dim: 3, most_tokens: None, per_row: None, dtype: Dtype::F16, masked: true };
+    let options = WriterOptions { captions: Some(meta), row_group_rows: 5, ..WriterOptions::new(vec![1, 2, 2]) };
+    write(&path, options.clone(), &samples(12, &options));
+    let dataset = open(&path);
+    let found = inspect(&dataset).unwrap().captions.unwrap();
+    assert_eq!((&found.columns[..], found.dim, &found.dtype[..]), (&["caption_embedding".to_owned()][..], 3, "f16"));
+    assert_eq!((found.masked, found.most_tokens, found.captions, found.non_finite), (true, None, 24, 0));
+    assert_eq!(found.of_row, Some(CountRange { min: 1, mean: 2.0, max: 3 }));
+    assert_eq!(found.tokens, Some(CountRange { min: 1, mean: 2.5, max: 4 }));
+    assert_eq!(found.tokens_that_count, Some(CountRange { min: 1, mean: 1.75, max: 3 }));
+    let quick = inspect_with(&dataset, InspectOptions { quick: true }, &mut |_| ()).unwrap();
+    assert_eq!(quick.captions, Some(found));
+    let roles: Vec<_> = quick.layout.columns.iter().filter_map(|column| column.role).collect();
+    assert_eq!(roles, ["latent", "latent", "caption", "mask", "label", "id"]);
+    let good = verify_with(&dataset, &VerifyOptions::default(), &mut |_| ());
+    assert_eq!((good.captions, good.problems.len()), (24, 0));
+
+    // The last number of the second row group, then a mask of the third.
+    let mut bytes = fs::read(&path).unwrap();
+    let chunk = |group: usize, name: &str| {
+        let columns = dataset.files[0].metadata.metadata().row_group(group).columns();
+        columns.iter().find(|chunk| chunk.column_path().parts()[0] == name).unwrap().byte_range()
+    };
+    let (start, length) = chunk(1, "caption_embedding");
+    let end = (start + length) as usize;
+    bytes[end - 2..end].copy_from_slice(&0x7e00u16.to_le_bytes());
+    let start = chunk(2, "caption_mask").0 as usize;
+    bytes[start..start + 8].fill(0xff);
+    fs::write(&path, bytes).unwrap();
+    let dataset = open(&path);
+    let bad = verify_with(&dataset, &VerifyOptions::default(), &mut |_| ());
+    let problems: Vec<_> = bad.problems.iter().map(|problem| (problem.row_group, problem.row_in_file)).collect();
+    assert_eq!(problems, [(Some(1), Some(9)), (Some(2), None)], "{:?}", bad.problems);
+    assert!(
+        bad.problems[0].message.contains("`caption_embedding` is NaN at position 2 of token 1 of caption 0"),
+        "{:?}",
+        bad.problems[0]
+    );
+    assert!(bad.problems[1].message.contains("caption_mask"), "{:?}", bad.problems[1]);
+    assert!(inspect(&dataset).unwrap_err().to_string().contains("row group 2"));
 }

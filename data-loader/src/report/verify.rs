@@ -12,7 +12,7 @@ use crate::access::out_of_parquet;
 use crate::decode::{BadRow, ids};
 use crate::pages::pages;
 use crate::source::ObjectReader;
-use crate::{DataError, LatentDataset, RowBlock, RowGroup};
+use crate::{DataError, LatentDataset, RowBlock, RowGroup, RowRun};
 
 /// How a data set is checked.
 #[derive(Clone, Copy, Debug)]
@@ -80,6 +80,8 @@ pub struct Verification {
     pub pages: u64,
     /// Pages without a checksum: a changed bit in them is found only where it makes them unreadable or a number no number.
     pub pages_without_checksum: u64,
+    /// Captions that were read.
+    pub captions: u64,
     /// Rows whose id was compared with all others'.
     pub ids: u64,
     /// The first problems, in the order of the data set; equal ids come last.
@@ -104,6 +106,7 @@ impl Verification {
         self.pages += found.pages;
         self.pages_without_checksum += found.pages_without_checksum;
         self.rows += found.rows;
+        self.captions += found.captions;
         let free = most.saturating_sub(self.problems.len());
         self.more_problems += found.more_problems + found.problems.len().saturating_sub(free) as u64;
         self.problems.extend(found.problems.into_iter().take(free));
@@ -116,6 +119,7 @@ struct Found {
     rows: u64,
     pages: u64,
     pages_without_checksum: u64,
+    captions: u64,
     problems: Vec<Problem>,
     more_problems: u64,
     id_hashes: Vec<u64>,
@@ -181,6 +185,16 @@ fn check(dataset: &LatentDataset, group: &RowGroup, options: &VerifyOptions) -> 
     match dataset.read_row_group(group) {
         Ok(block) => check_rows(dataset, &block, options, &mut found),
         Err(error) => found.add(error, most),
+    }
+    if dataset.meta().captions.is_some() {
+        let run = RowRun { first_row: group.first_row, rows: group.rows };
+        match dataset.read_captions(&[run]) {
+            Ok(block) => {
+                found.captions += (0..block.len()).map(|index| block.count(index) as u64).sum::<u64>();
+                dataset.bad_captions(run, &block).for_each(|error| found.add(error, most));
+            }
+            Err(error) => found.add(error, most),
+        }
     }
     found
 }

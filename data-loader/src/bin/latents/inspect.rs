@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
-use data_loader::{InspectOptions, Inspection, LatentDataset, Layout, Spread};
+use data_loader::{CaptionSummary, CountRange, InspectOptions, Inspection, LatentDataset, Layout, Spread};
 
 use crate::place::Place;
 use crate::progress;
@@ -96,6 +96,9 @@ fn print(found: &Inspection) {
     if found.non_finite > 0 {
         println!("  not finite{mark:<6}{} numbers are NaN or infinite", found.non_finite);
     }
+    if let Some(captions) = &found.captions {
+        print_captions(captions, mark);
+    }
     print_labels(found, mark);
     print_layout(&found.layout);
     let speed = &found.speed;
@@ -106,6 +109,25 @@ fn print(found: &Inspection) {
         speed.rows,
         speed.seconds
     );
+}
+
+fn print_captions(captions: &CaptionSummary, mark: &str) {
+    let most =
+        captions.most_tokens.map_or("as many tokens as there are".into(), |most| format!("at most {most} tokens"));
+    println!("  captions        {}: {most} of {} {}", captions.columns.join(", "), captions.dim, captions.dtype);
+    for (name, range) in [
+        ("of a row", captions.of_row),
+        ("tokens of one", captions.tokens),
+        ("that count", captions.tokens_that_count.filter(|_| captions.masked)),
+    ] {
+        if let Some(CountRange { min, mean, max }) = range {
+            let text = if min == max { min.to_string() } else { format!("{min} to {max}, mean {mean:.1}") };
+            println!("  {:<16}{text}", format!("  {name}{mark}"));
+        }
+    }
+    if captions.non_finite > 0 {
+        println!("  {:<16}{} numbers are NaN or infinite", format!("  not finite{mark}"), captions.non_finite);
+    }
 }
 
 fn print_labels(found: &Inspection, mark: &str) {

@@ -76,4 +76,7 @@ fn print(report: &Verification) {
             }
         );
     }
+    if report.captions > 0 {
+        println!("  {} captions", report.captions);
+    }
 }
