@@ -1,7 +1,7 @@
 //! Row groups that cannot be used, and the rows that stand in for theirs (`data.on_broken = "skip"`).
 //!
 //! A row group is judged as a whole, before any of its rows is used for the first time: every page decodes, every number is
-//! finite, every label is a class. What stands in for a row is a keyed draw from the rows of its source (with buckets: of its
+//! finite, every label is a class; where captions are read, those too. What stands in for a row is a keyed draw from the rows of its source (with buckets: of its
 //! shape), drawn again until it lies in a sound row group. So which row is read in place of which depends on the files alone:
 //! not on who reads, when, or on how many ranks.
 //!
@@ -18,7 +18,7 @@ use crate::order::{Part, WindowRows};
 use crate::read::Want;
 use crate::{DataError, LatentDataset, RowRun};
 
-/// Bytes of latents that are decoded at a time to judge a row group.
+/// Bytes of latents and captions that are decoded at a time to judge a row group.
 const JUDGED_BYTES: u64 = 64 << 20;
 /// Draws for one row before the search is given up: even with nine rows of ten broken that does not happen.
 const MOST_DRAWS: usize = 10_000;
@@ -48,6 +48,15 @@ pub struct Damage {
     budget_rows: Option<u64>,
     /// Of row groups, by source and number.
     verdicts: Mutex<BTreeMap<(usize, usize), Verdict>>,
+}
+
+/// What of a row group is used, and so judged.
+#[derive(Clone, Copy)]
+pub(crate) struct Used {
+    /// Labels must lie in `0..num_classes`; `None` takes the metadata's number.
+    pub num_classes: Option<usize>,
+    /// Whether captions are read.
+    pub captions: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -97,7 +106,7 @@ impl Damage {
         dataset: &LatentDataset,
         number: usize,
         part: &Part,
-        num_classes: Option<usize>,
+        used: Used,
         window: &mut WindowRows,
     ) -> Result<Vec<(u32, Arc<BrokenGroup>)>, DataError> {
         let mut replaced = Vec::new();
@@ -105,7 +114,7 @@ impl Damage {
             let row = *place;
             let key = Key::new(self.seed, Purpose::Replacement, window.epoch).lane(number).index(row);
             let (mut rng, mut draws) = (key.rng(), 0);
-            while let Some(broken) = self.broken(dataset, part.source, *place, num_classes).await? {
+            while let Some(broken) = self.broken(dataset, part.source, *place, used).await? {
                 draws += 1;
                 if draws > MOST_DRAWS {
                     let reason = format!(
@@ -130,7 +139,7 @@ impl Damage {
         dataset: &LatentDataset,
         source: usize,
         row: u64,
-        num_classes: Option<usize>,
+        used: Used,
     ) -> Result<Option<Arc<BrokenGroup>>, DataError> {
         let group = dataset.group_of(row);
         let known = self.lock().get(&(source, group)).cloned();
@@ -138,7 +147,7 @@ impl Damage {
             (Some(verdict), _) => verdict,
             (None, None) => Verdict::Sound,
             (None, Some(budget_rows)) => {
-                let verdict = judge(dataset, source, group, num_classes).await?;
+                let verdict = judge(dataset, source, group, used).await?;
                 self.lock().insert((source, group), verdict.clone());
                 self.check_budget(budget_rows)?;
                 verdict
@@ -178,23 +187,25 @@ pub fn check_budget<'a>(
     Err(DataError::TooMuchDamage { rows, budget_rows, evidence: evidence.collect() })
 }
 
-async fn judge(
-    dataset: &LatentDataset,
-    source: usize,
-    group: usize,
-    num_classes: Option<usize>,
-) -> Result<Verdict, DataError> {
+async fn judge(dataset: &LatentDataset, source: usize, group: usize, used: Used) -> Result<Verdict, DataError> {
     let found = dataset.row_groups()[group];
-    let rows_at_once = (JUDGED_BYTES / dataset.meta().row_bytes.max(1) as u64).max(1);
+    let meta = dataset.meta();
+    let of_captions = meta.captions.filter(|_| used.captions).map_or(0, |captions| captions.row_bytes());
+    let rows_at_once = (JUDGED_BYTES / (meta.row_bytes + of_captions).max(1) as u64).max(1);
     let end = found.first_row + found.rows;
     let mut first_row = found.first_row;
     while first_row < end {
         let rows = (end - first_row).min(rows_at_once);
-        let read = dataset.read_runs(&[RowRun { first_row, rows }], Want::All).await;
-        let checked = read.and_then(|block| {
-            dataset.check_labels(&block, num_classes)?;
+        let run = RowRun { first_row, rows };
+        let read = dataset.read_runs(&[run], Want::All).await;
+        let mut checked = read.and_then(|block| {
+            dataset.check_labels(&block, used.num_classes)?;
             dataset.check_finite(&block)
         });
+        if checked.is_ok() && used.captions {
+            let read = dataset.caption_runs(&[run]).await;
+            checked = read.and_then(|block| dataset.bad_captions(run, &block).next().map_or(Ok(()), Err));
+        }
         match checked {
             Ok(()) => first_row += rows,
             Err(error) if error.is_damage() => {

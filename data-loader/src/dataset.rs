@@ -260,7 +260,8 @@ impl LatentDataset {
 
     fn settle_layout(&mut self) -> Result<(), DataError> {
         let first = &self.files[0];
-        let first_row = if needs_first_row(first) { Some(self.first_row()?) } else { None };
+        let (of_latents, of_captions) = (needs_first_row(first), CaptionLayout::needs_first_row(first));
+        let first_row = if of_latents || of_captions { Some(self.first_row(of_latents, of_captions)?) } else { None };
         let layout = settle(first, first_row.as_ref(), &self.columns.shape, false)?;
         let captions = CaptionLayout::settle(first, first_row.as_ref())?;
         self.meta.captions = captions.as_ref().map(|layout| layout.meta);

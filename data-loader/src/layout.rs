@@ -21,7 +21,7 @@ pub(crate) struct Layout {
 /// Whether the types leave something open that only a row tells.
 pub(crate) fn needs_first_row(first: &Footer) -> bool {
     let open = |form: &Form| form.levels.iter().any(Option::is_none) || form.leaf == Leaf::Bytes(None);
-    first.has_shape_column || !first.captions.is_empty() || first.latents.iter().any(|(_, form)| open(form))
+    first.has_shape_column || first.latents.iter().any(|(_, form)| open(form))
 }
 
 /// Settles the shape and the layout of each latent column. `first_row` is the first row where [`needs_first_row`];

@@ -64,12 +64,13 @@ impl LatentDataset {
         self.io.block_on(self.read_runs(&[RowRun { first_row: group.first_row, rows: group.rows }], want))
     }
 
-    /// The latents and the shape of the first row of the data set.
-    pub(crate) fn first_row(&self) -> Result<RecordBatch, DataError> {
+    /// The first row of the data set: its latents and their shape, its captions.
+    pub(crate) fn first_row(&self, latents: bool, captions: bool) -> Result<RecordBatch, DataError> {
         // `open_at` has seen that there is a row.
         let at = self.group_of(0);
-        let captions = self.files[self.row_groups()[at].file].captions.iter().map(|(name, _)| name.as_str());
-        let names = self.latent_names(at).chain([self.columns().shape.as_str()]).chain(captions);
+        let of_captions = self.files[self.row_groups()[at].file].captions.iter().map(|(name, _)| name.as_str());
+        let of_latents = self.latent_names(at).chain([self.columns().shape.as_str()]).filter(|_| latents);
+        let names = of_latents.chain(of_captions.filter(|_| captions));
         let batches = self.io.block_on(self.fetch(at, &[Piece { first_in_group: 0, rows: 1, to: 0 }], names))?;
         batches.into_iter().next().ok_or_else(|| DataError::NoData {
             url: self.name().to_owned(),

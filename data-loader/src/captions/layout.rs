@@ -59,7 +59,15 @@ pub(crate) enum Nesting {
 }
 
 impl CaptionLayout {
-    /// Settles the layout; `None` without caption columns. `first_row` is the first row of the data set.
+    /// Whether only a row tells how many numbers a token has.
+    pub fn needs_first_row(first: &Footer) -> bool {
+        let Some((_, form)) = first.captions.first() else { return false };
+        let told = first.caption_shape().ok().flatten().and_then(|dims| dims.last().copied().flatten());
+        form.levels.len() > 1 && form.levels.last().copied().flatten().or(told).is_none()
+    }
+
+    /// Settles the layout; `None` without caption columns. `first_row` is the first row of the data set where
+    /// [`CaptionLayout::needs_first_row`].
     pub fn settle(first: &Footer, first_row: Option<&RecordBatch>) -> Result<Option<Self>, DataError> {
         let Some((name, form)) = first.captions.first() else { return Ok(None) };
         let refuse = |reason: String| {

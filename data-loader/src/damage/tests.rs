@@ -4,21 +4,29 @@ use std::path::Path;
 use super::*;
 use crate::testing::{Mode, faulty_dataset, samples, write};
 use crate::{
-    Columns, Flip, MicroBatchStream, PlainMemory, ScheduleOptions, StreamOptions, StreamSource, WriterOptions,
+    CaptionMeta, CaptionOptions, Columns, Dtype, Flip, MicroBatchStream, PlainMemory, ScheduleOptions, StreamOptions,
+    StreamSource, WriterOptions,
 };
 
 const ROWS: usize = 150;
 
 /// 150 rows in row groups of 16; those of `broken` have a flipped bit, or a number that is none.
 fn data_set(folder: &Path, broken: &[usize]) -> Arc<LatentDataset> {
-    let options = WriterOptions { moments: false, row_group_rows: 16, ..WriterOptions::new(vec![1, 2, 2]) };
+    damaged(folder, broken, "latent", None)
+}
+
+/// The same in a column of choice, with captions if wanted.
+fn damaged(folder: &Path, broken: &[usize], column: &str, captions: Option<CaptionMeta>) -> Arc<LatentDataset> {
+    let options = WriterOptions { moments: false, captions, row_group_rows: 16, ..WriterOptions::new(vec![1, 2, 2]) };
     let path = folder.join("a.parquet");
     write(&path, options.clone(), &samples(ROWS, &options));
     let sound = open(folder);
     let mut bytes = std::fs::read(&path).unwrap();
     for group in broken {
         // The data page begins with its header; what is changed lies behind it.
-        let (start, length) = sound.files[0].metadata.metadata().row_group(*group).column(0).byte_range();
+        let columns = sound.files[0].metadata.metadata().row_group(*group).columns();
+        let chunk = columns.iter().find(|chunk| chunk.column_path().parts()[0] == column).unwrap();
+        let (start, length) = chunk.byte_range();
         let (start, length) = (start as usize, length as usize);
         if group % 2 == 0 {
             bytes[start..start + 8].fill(0xff);
@@ -44,13 +52,24 @@ fn read(
     steps: std::ops::Range<u64>,
     damage: &Arc<Damage>,
 ) -> Result<Read, DataError> {
+    read_with(dataset, lanes, steps, damage, None)
+}
+
+/// The same, with captions if wanted.
+fn read_with(
+    dataset: &Arc<LatentDataset>,
+    lanes: std::ops::Range<usize>,
+    steps: std::ops::Range<u64>,
+    damage: &Arc<Damage>,
+    captions: Option<CaptionOptions>,
+) -> Result<Read, DataError> {
     let options = ScheduleOptions { seed: 5, lanes: 4, micro_batch: 4, range_rows: 8, shuffle_window_rows: 12 };
     let of_stream = StreamOptions {
         prefetch_bytes: 1 << 20,
         flip: Flip::Never,
         num_classes: Some(10),
         threads: 2,
-        captions: None,
+        captions,
         allocator: &PlainMemory,
     };
     let sources = vec![StreamSource { dataset: dataset.clone(), scaling_factor: 1.0 }];
@@ -133,6 +152,35 @@ fn what_is_wrong_is_told_and_the_budget_holds() {
     // Without a budget nothing is judged: what cannot be decoded is an error.
     let error = read(&dataset, 0..4, 0..30, &Arc::new(Damage::new(5, None, []))).unwrap_err().to_string();
     assert!(error.contains("row group 2"), "{error}");
+}
+
+#[test]
+fn captions_are_judged_where_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    // A number at the end of the page lies in the last row's second caption.
+    let meta = CaptionMeta { dim: 3, most_tokens: None, per_row: None, dtype: Dtype::F16, masked: true };
+    let captions = || Some(CaptionOptions { tokens: 4, weights: Vec::new() });
+    let sound = damaged(folder.path(), &[], "latent", Some(meta));
+    let expected = read_with(&sound, 0..4, 0..30, &fresh(0), captions()).unwrap();
+    for (column, broken) in [("caption_embedding", &[0, 5][..]), ("caption_mask", &[4])] {
+        let dataset = damaged(folder.path(), broken, column, Some(meta));
+        let rows = 16 * broken.len() as u64;
+        let read = read_with(&dataset, 0..4, 0..30, &fresh(rows), captions()).unwrap();
+        let is_broken = |row: u64| broken.contains(&dataset.group_of(row));
+        for (found, planned) in read.iter().zip(&expected) {
+            for (row, planned) in found.2.iter().zip(&planned.2) {
+                assert!(!is_broken(*row) && (row == planned || is_broken(*planned)), "{column}");
+            }
+        }
+        assert_eq!(read_with(&dataset, 2..4, 7..30, &fresh(rows), captions()).unwrap(), {
+            let is_there = |read: &&(u64, usize, Vec<u64>, Vec<f32>, Vec<usize>)| read.1 >= 2 && read.0 >= 7;
+            read.iter().filter(is_there).cloned().collect::<Read>()
+        });
+        let error = read_with(&dataset, 0..4, 0..30, &fresh(rows - 1), captions()).unwrap_err().to_string();
+        assert!(error.contains(&format!("row group {}", broken[0])), "{error}");
+        // Nobody looks at captions that are not read.
+        assert_eq!(read_with(&dataset, 0..4, 0..30, &fresh(0), None).unwrap(), expected, "{column}");
+    }
 }
 
 #[test]

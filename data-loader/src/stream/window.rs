@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
 
 use super::Context;
+use crate::damage::Used;
 use crate::order::WindowRows;
 use crate::read::Want;
 use crate::{BrokenGroup, CaptionBlock, DataError, LatentDataset, RowBlock, RowOrder, RowRun};
@@ -125,9 +126,10 @@ impl Window {
     ) -> Result<Option<(Arc<Vec<u64>>, Vec<(u32, Arc<BrokenGroup>)>)>, DataError> {
         let Some(damage) = &context.damage else { return Ok(Some((self.rows.clone(), Vec::new()))) };
         let (dataset, part) = (&*context.sources[self.source].dataset, context.order.part(self.part));
+        let used = Used { num_classes: context.options.num_classes, captions: context.options.captions.is_some() };
         let (positions, rows) = (self.positions.clone(), self.rows.to_vec());
         let mut wanted = WindowRows { epoch: self.epoch, positions, rows };
-        let settled = damage.settle(dataset, self.part, part, context.options.num_classes, &mut wanted);
+        let settled = damage.settle(dataset, self.part, part, used, &mut wanted);
         let replaced = wait_for(dataset, stopped, settled).transpose()?;
         Ok(replaced.map(|replaced| (Arc::new(wanted.rows), replaced)))
     }
