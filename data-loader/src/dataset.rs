@@ -14,6 +14,7 @@ use crate::captions::CaptionLayout;
 use crate::direct::Direct;
 use crate::footer::{Footer, Label, SHAPE, VAE_DIGEST, missing};
 use crate::form::{Dtype, Stored};
+use crate::labels::LabelCache;
 use crate::layout::{needs_first_row, settle};
 use crate::read::Io;
 use crate::shapes::template_text;
@@ -83,6 +84,8 @@ pub struct LatentDataset {
     pub(crate) captions: Option<CaptionLayout>,
     /// Read when first asked for; there from the start where all rows have one shape.
     pub(crate) row_shapes: OnceCell<Arc<RowShapes>>,
+    /// Labels of row groups, for the short way to the latents.
+    pub(crate) labels: LabelCache,
     /// The short way to the latents, where there is one.
     pub(crate) direct: Option<Direct>,
     pub(crate) io: Io,
@@ -248,6 +251,7 @@ impl LatentDataset {
             has_shape_column: false,
             captions: None,
             row_shapes: OnceCell::new(),
+            labels: LabelCache::default(),
             direct: None,
             io,
         };

@@ -23,6 +23,7 @@ mod features;
 mod fixed;
 mod footer;
 mod form;
+mod labels;
 mod layout;
 mod mix;
 mod narrow;

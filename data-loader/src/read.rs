@@ -107,10 +107,20 @@ impl LatentDataset {
 
     /// Reads rows; of each row group only the pages that hold them, where the file has an offset index.
     pub(crate) async fn read_runs(&self, runs: &[RowRun], want: Want) -> Result<RowBlock, DataError> {
-        let (wanted, rows) = self.pieces(runs)?;
+        let (mut wanted, rows) = self.pieces(runs)?;
         let shapes = self.load_shapes().await?;
         let latents = if want == Want::Rest { &self.stored[..0] } else { &self.stored[..] };
         let mut block = RowBlock::zeros(latents, shapes, rows, self.meta().labels, want == Want::WithIds);
+        if want == Want::Rest {
+            let groups: Vec<usize> = wanted.keys().copied().collect();
+            for at in groups {
+                let Some(labels) = self.group_labels(at).await else { continue };
+                for piece in wanted.remove(&at).into_iter().flatten() {
+                    let of_piece = &labels[piece.first_in_group as usize..][..piece.rows as usize];
+                    block.labels[piece.to..][..of_piece.len()].copy_from_slice(of_piece);
+                }
+            }
+        }
         let mut fetched = futures::stream::iter(&wanted)
             .map(|(&at, pieces)| async move {
                 let file = &self.files[self.row_groups()[at].file].file.name;
