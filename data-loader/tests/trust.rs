@@ -87,3 +87,20 @@ fn verify_fails_if_there_is_a_problem_and_counts_what_it_does_not_name() {
     let nowhere = latents(&["verify", "--json"], &folder.path().join("nowhere"));
     assert!(json(&nowhere)["problems"][0]["message"].as_str().unwrap().contains("no such file"), "{nowhere:?}");
 }
+
+#[test]
+fn bench_counts_rows_with_and_without_labels() {
+    for labels in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = WriterOptions { moments: false, labels, ..WriterOptions::new(vec![1, 2, 2]) };
+        let mut writer = LatentWriter::create(&folder.path().join("a.parquet"), options).unwrap();
+        for row in 0..20 {
+            let (label, id) = (labels.then_some(0), row.to_string());
+            writer.push_row(Row { latents: &[&[row as f32; 4]], shape: None, captions: &[], label, id: &id }).unwrap();
+        }
+        writer.finish().unwrap();
+        let report = json(&latents(&["bench", "--json", "--seconds", "0.1", "--micro-batch", "5"], folder.path()));
+        // One micro-batch is always taken.
+        assert!(report["samples"].as_u64().unwrap() >= 5, "labels {labels}: {report}");
+    }
+}

@@ -64,7 +64,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let mut stream = MicroBatchStream::start(sources, order, 0..args.lanes, 0, u64::MAX, options)?;
     let mut take = |samples: &mut usize, bytes: &mut usize| -> anyhow::Result<()> {
         let batch = stream.next()?;
-        *samples += batch.labels.len();
+        *samples += batch.rows.len();
         *bytes += batch.x_start.bytes().len();
         stream.recycle(batch);
         Ok(())
