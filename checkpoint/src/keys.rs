@@ -6,6 +6,8 @@ pub(crate) const ATTEMPTS: &str = "attempts";
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
 /// Folder of the requests for a checkpoint.
 pub(crate) const REQUESTS: &str = "requests";
+/// Folder of what [`probe`](crate::RunStore::probe) tries.
+pub(crate) const PROBES: &str = "probes";
 
 pub(crate) fn attempt(attempt: u32) -> String {
     format!("{ATTEMPTS}/{attempt:04}.json")
@@ -23,6 +25,10 @@ pub(crate) fn manifest(step: u64, attempt: u32) -> String {
 pub(crate) fn shard(step: u64, attempt: u32, rank: usize, world_size: usize, part: usize) -> String {
     let part = if part == 0 { String::new() } else { format!(".part-{part:04}") };
     format!("{}/attempt-{attempt:04}/shard-{rank:05}-of-{world_size:05}{part}.safetensors", step_folder(step))
+}
+
+pub(crate) fn probe(nonce: u64) -> String {
+    format!("{PROBES}/{nonce:016x}.json")
 }
 
 pub(crate) fn request(nonce: u64) -> String {

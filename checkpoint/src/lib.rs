@@ -37,6 +37,7 @@ mod local;
 mod location;
 mod manifest;
 mod metric;
+mod probe;
 mod reader;
 mod request;
 mod resume;

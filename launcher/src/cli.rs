@@ -75,6 +75,14 @@ pub enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
         options: Vec<OsString>,
     },
+    /// What would keep this run from running well, looked for by the very ranks that would train: libraries, GPUs, memory, data, the
+    /// store's promises, clocks, the speed of the network. Exit 0: nothing was found.
+    #[command(disable_help_flag = true)]
+    Doctor {
+        /// Options of `trainer doctor`, such as --json.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        options: Vec<OsString>,
+    },
     /// FID, sFID, Inception Score, precision and recall of samples, computed by all ranks; the same scores from any number of
     /// them. All options are those of `trainer evaluate`; `[fid]` of the config gives reference and Inception weights.
     #[command(disable_help_flag = true)]
@@ -168,6 +176,7 @@ impl Cli {
                 Some(Command::Sample { .. }) => Job::Sample,
                 Some(Command::Validate { .. }) => Job::Validate,
                 Some(Command::Evaluate { .. }) => Job::Evaluate,
+                Some(Command::Doctor { .. }) => Job::Doctor,
             },
         })
     }

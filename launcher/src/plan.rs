@@ -26,6 +26,8 @@ pub enum Job {
     Validate,
     /// Evaluation: likewise.
     Evaluate,
+    /// Looking for problems: on the ranks that would train.
+    Doctor,
 }
 
 /// The part of the command line that the plan depends on.
@@ -183,7 +185,7 @@ impl Plan {
         }
         let capacity = if device == Device::Cuda { machine.gpus } else { machine.cores / train.threads_per_rank };
         let (nodes, procs_per_node) = match job {
-            Job::Train => {
+            Job::Train | Job::Doctor => {
                 let nodes = floor_power_of_two(offered.min(train.lanes / asked.unwrap_or(1)));
                 (nodes, asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes))))
             }
@@ -287,6 +289,7 @@ pub fn show(plan: &Plan, start: Result<&Start, &ClusterError>, as_json: bool) ->
         Job::Sample => writeln!(out, "run           {}, sampling", plan.run_url)?,
         Job::Validate => writeln!(out, "run           {}, validation", plan.run_url)?,
         Job::Evaluate => writeln!(out, "run           {}, evaluation", plan.run_url)?,
+        Job::Doctor => writeln!(out, "run           {}, looking for problems", plan.run_url)?,
     }
     writeln!(out, "engine        {}", plan.via)?;
     writeln!(out, "nodes         {} × {} ranks = world size {}", plan.nodes, plan.procs_per_node, plan.world_size)?;

@@ -23,6 +23,8 @@ enum Command {
     Evaluate(commands::evaluate::EvaluateArgs),
     /// Loss of a checkpoint on held-out latents, by time.
     Validate(commands::validate::ValidateArgs),
+    /// What would keep a run from running well: libraries, GPUs, memory, data, store, clocks, network.
+    Doctor(commands::doctor::DoctorArgs),
     /// Lists, verifies, tidies up and removes the checkpoints of a run.
     Checkpoints(commands::checkpoints::CheckpointsArgs),
     /// A run that goes on from a checkpoint of the official code, SiT, diffusers or a safetensors file.
@@ -52,6 +54,7 @@ fn main() {
         Command::Sample(args) => commands::sample::sample(&args),
         Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Validate(args) => commands::validate::validate(&args),
+        Command::Doctor(args) => commands::doctor::doctor(&args),
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
         Command::Import(args) => commands::import::import(&args).map(|()| 0),
         Command::Export(args) => commands::export::export(&args).map(|()| 0),

@@ -8,6 +8,7 @@ mod fencing;
 mod garbage;
 mod hostile;
 mod misbehaving;
+mod probe;
 mod protocol;
 mod reads;
 mod real_server;

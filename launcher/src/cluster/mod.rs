@@ -162,6 +162,7 @@ impl TrainerCall {
             Some(Command::Sample { options }) => ("sample", options.clone()),
             Some(Command::Validate { options }) => ("validate", options.clone()),
             Some(Command::Evaluate { options }) => ("evaluate", options.clone()),
+            Some(Command::Doctor { options }) => ("doctor", options.clone()),
         };
         let program = this.with_file_name("trainer");
         Ok(TrainerCall { program, config, overrides: cli.set.clone(), command, options })

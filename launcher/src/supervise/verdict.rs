@@ -36,6 +36,7 @@ impl End {
             Job::Sample => self.of_batches("all samples are written", "no samples were written"),
             Job::Validate => self.of_measuring("validated", "no losses were computed"),
             Job::Evaluate => self.of_measuring("evaluated", "no scores were computed"),
+            Job::Doctor => self.of_measuring("nothing is wrong", "see the lines above"),
         }
     }
 

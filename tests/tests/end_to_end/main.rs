@@ -6,6 +6,7 @@ mod bad_input;
 mod checkpoints;
 mod crashes;
 mod damage;
+mod doctor;
 mod evaluation;
 mod experiment;
 mod finetuning;

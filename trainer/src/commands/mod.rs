@@ -4,6 +4,7 @@ pub mod bench_checkpoint;
 pub mod bench_step;
 pub mod checkpoints;
 pub mod digest;
+pub mod doctor;
 pub mod draws;
 pub mod ema;
 pub mod evaluate;
