@@ -38,9 +38,13 @@ impl Memory for Host {
 /// # Errors
 /// The first operation whose result is wrong, with what was found and expected.
 pub fn run(collective: &dyn Collective, memory: &dyn Memory) -> Result<(), String> {
-    operations(&Suite { c: collective, memory, name: "" })?;
+    let suite = Suite { c: collective, memory, name: "" };
+    operations(&suite)?;
     let (rank, world_size) = (collective.rank(), collective.world_size());
+    // Groups are made while an operation is on the wire.
+    let pending = collective.all_reduce(suite.region(vec![1f32; 100_000])?, ReduceOp::Sum);
     let halves = split(collective, rank % 2, world_size - rank)?;
+    same("all_reduce around a split", suite.finish(pending)?, vec![world_size as f32; 100_000])?;
     let place = ((world_size + 1 - rank % 2) / 2 - 1 - rank / 2, (world_size + 1 - rank % 2) / 2);
     same("rank and size in a half, numbered backwards", vec![(halves.rank(), halves.world_size())], vec![place])?;
     operations(&Suite { c: &*halves, memory, name: "a half, " })?;

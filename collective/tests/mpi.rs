@@ -32,11 +32,11 @@ fn a_rank_that_waits_for_another_burns_no_core() {
 
 #[test]
 fn a_rank_that_stalls_is_reported_by_those_that_wait_within_the_deadline() {
-    let (output, text) = mpirun(3, "--scenario stall --deadline-s 1", &[]);
+    let (output, text) = mpirun(3, "--scenario stall --deadline-s 2", &[]);
     assert_eq!(output.status.code(), Some(3), "{text}");
-    let told = "all_reduce did not complete within 1s (waiting for the other ranks): a rank is stuck";
+    let told = "all_reduce did not complete within 2s (waiting for the other ranks): a rank is stuck";
     // Both wait equally long, and the first to give up ends the run.
-    let rank = (0..2).find(|rank| text.contains(&format!("rank {rank} of 3: after 1"))).expect(&text);
+    let rank = (0..2).find(|rank| text.contains(&format!("rank {rank} of 3: after 2"))).expect(&text);
     assert!(text.contains(&format!("rank {rank}: {told}")), "{text}");
     assert!(text.contains("buffer freed: false"), "{text}");
 }

@@ -108,7 +108,7 @@ fn an_operation_is_put_between_two_events_in_one_group_on_a_stream_of_its_own() 
 /// of the first.
 fn is_told(fault: &str, ranks: &[usize], reason: &str) {
     let stub = Stub::new();
-    let (output, text) = stub.run(2, "--scenario told --deadline-s 1", fault);
+    let (output, text) = stub.run(2, "--scenario told --deadline-s 3", fault);
     assert!(output.status.success(), "{text}");
     for rank in ranks {
         let of_rank = format!("rank {rank} of 2: told: rank {rank}: all_reduce ");
@@ -130,7 +130,7 @@ fn is_told(fault: &str, ranks: &[usize], reason: &str) {
 
 #[test]
 fn an_operation_that_hangs_is_aborted_at_the_deadline_and_named_on_every_rank() {
-    is_told("hang:ncclAllReduce:1", &[0, 1], "did not complete within 1s (waiting for the other ranks)");
+    is_told("hang:ncclAllReduce:1", &[0, 1], "did not complete within 3s (waiting for the other ranks)");
 }
 
 #[test]
@@ -206,4 +206,21 @@ fn libraries_that_are_missing_or_too_old_are_named_with_what_to_do() {
             "{text}"
         );
     }
+}
+
+/// Run by `./dev test --gpu`, which says how many there are.
+#[test]
+#[ignore = "needs GPUs: ./dev test --gpu"]
+fn nccl_passes_the_conformance_suite_on_real_gpus() {
+    let Some(gpus) = std::env::var("DITHAROS_GPUS").ok().and_then(|gpus| gpus.parse::<usize>().ok()) else {
+        eprintln!("skipped: no GPUs; this is a part of ./dev test --gpu");
+        return;
+    };
+    for (ranks, options) in (1..=gpus).map(|ranks| (ranks, "")).chain([(gpus, "--chunk-numel 3000")]) {
+        let (output, text) = mpirun(ranks, &format!("--backend nccl {options}"), &[]);
+        assert!(output.status.success(), "{ranks} ranks: {text}");
+        assert_eq!(text.matches(": ok (nccl)").count(), ranks, "{text}");
+    }
+    let ran = TcpRun::new(gpus).run("--backend nccl");
+    assert!(ran.iter().all(|(output, _)| output.status.success()), "{}", ran[0].1);
 }

@@ -24,10 +24,10 @@ fn a_rank_that_waits_burns_no_core() {
 #[test]
 fn a_rank_that_stalls_is_named_to_all_by_rank_0() {
     let run = TcpRun::new(3);
-    let children: Vec<_> = (0..3).map(|rank| run.start(rank, "--scenario stall --deadline-s 1")).collect();
+    let children: Vec<_> = (0..3).map(|rank| run.start(rank, "--scenario stall --deadline-s 3")).collect();
     let mut children = children.into_iter();
     let told: Vec<String> = children.by_ref().take(2).map(|child| finish(child).1).collect();
-    assert!(told[0].contains("rank 0: all_reduce did not complete within 1s (waiting for rank 2)"), "{}", told[0]);
+    assert!(told[0].contains("rank 0: all_reduce did not complete within 3s (waiting for rank 2)"), "{}", told[0]);
     let second = "rank 1: all_reduce failed: rank 0 says: waiting for rank 2";
     assert!(told[1].contains(second), "{}", told[1]);
     for mut child in children {

@@ -93,6 +93,12 @@ impl Progress {
                 let _ = answer.send(self.add_when_ready(joined, None, "init"));
             }
             Order::Split { parent, color, key, size, answer } => {
+                // A communicator that is still at an operation takes no other call.
+                while self.active.iter().any(|active| !matches!(active.launch, Launch::Done(_))) {
+                    if !self.poll() {
+                        std::thread::sleep(LONGEST_PAUSE);
+                    }
+                }
                 let split = match self.communicators.get(parent) {
                     Some(parent) => parent.split(&self.device, color, key, size),
                     None => Err(self.failure.get().cloned().unwrap_or_default()),

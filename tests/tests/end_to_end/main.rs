@@ -10,6 +10,7 @@ mod doctor;
 mod evaluation;
 mod experiment;
 mod finetuning;
+mod gpu;
 mod interop;
 mod mixing;
 mod nodes;

@@ -6,6 +6,7 @@ pub mod bucket;
 pub mod cache;
 pub mod data;
 pub mod decisions;
+pub mod device;
 pub mod drawer;
 pub mod due;
 pub mod fid;

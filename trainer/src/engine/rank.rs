@@ -5,6 +5,7 @@ use super::between::BetweenSteps;
 use super::bucket::Buckets;
 use super::data::{Data, damage_policy, open_data, row_order, skip_budget, warnings};
 use super::decisions::DecisionLog;
+use super::device::{choose_device, connect};
 use super::drawer::Drawer;
 use super::due::Timetable;
 use super::fid::Fid;
@@ -20,7 +21,7 @@ use crate::ffi;
 use crate::recipe::Recipe;
 use crate::telemetry::Journal;
 use crate::validation::metric;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use checkpoint::{AttemptInfo, Retention, RunStore, StoreOptions};
 use collective::Collective;
 use configs::RunConfig;
@@ -93,6 +94,7 @@ impl Rank {
         let grace = limit_stop(&config, &stop, &collective)?;
         let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
         let Prepared { recipe, device, sources, block, store } = prepared;
+        let collective = connect(collective, device)?;
         let mut record = recipe.record(&config);
         compare_records(&*collective, &record)?;
         let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
@@ -205,26 +207,6 @@ fn compare_records(collective: &dyn Collective, record: &Value) -> Result<()> {
     let Some(rank) = all.iter().position(|other| *other != all[0]) else { return Ok(()) };
     let reason = "it has read another config or found other data files than rank 0; are they still being written?";
     Err(Agreed { rank, reason: reason.to_owned() }.into())
-}
-
-fn choose_device(wanted: configs::Device, collective: &dyn Collective) -> Result<Device> {
-    let cuda = match wanted {
-        configs::Device::Cpu => return Ok(Device::Cpu),
-        configs::Device::Auto | configs::Device::Cuda => ffi::load_cuda().map(|()| tch::Cuda::device_count()),
-    };
-    match (cuda, wanted) {
-        (Ok(count), _) if count > 0 => {
-            if collective.world_size() > 1 {
-                bail!(
-                    "`train.device`: several GPU ranks need the NCCL backend, which is not built yet; use one rank or train.device = \"cpu\""
-                );
-            }
-            Ok(Device::Cuda(collective.local_rank()))
-        }
-        (_, configs::Device::Auto) => Ok(Device::Cpu),
-        (Ok(_), _) => bail!("`train.device` = \"cuda\", but the driver shows no GPU; use \"auto\" or \"cpu\""),
-        (Err(error), _) => bail!("`train.device` = \"cuda\": {error}; use \"auto\" or \"cpu\""),
-    }
 }
 
 /// Ends the run when a stop request is not answered by a committed checkpoint in time: the scheduler would, without a word.

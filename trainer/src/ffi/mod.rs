@@ -7,9 +7,10 @@ pub use host::{batch_memory, upload};
 pub use snapshot_memory::SnapshotMemory;
 pub(crate) use snapshot_memory::values_mut;
 
+use collective::nccl::StreamHandle;
 use collective::{Dtype, Place, Region};
-use std::ffi::{CStr, c_char};
-use tch::{Kind, Tensor};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +51,7 @@ unsafe extern "C" {
     fn ditharos_copy(target: *mut C_tensor, source: *const C_tensor) -> *mut c_char;
     fn ditharos_set_deterministic() -> *mut c_char;
     fn ditharos_load_cuda() -> *mut c_char;
+    fn ditharos_current_stream(device: c_int, stream: *mut *mut c_void) -> *mut c_char;
 }
 
 fn checked(message: *mut c_char) -> Result<(), TorchError> {
@@ -183,17 +185,41 @@ pub fn load_cuda() -> Result<(), TorchError> {
     checked(unsafe { ditharos_load_cuda() })
 }
 
-/// The memory of a contiguous float32 tensor on the CPU as a region that keeps its storage alive.
+/// The stream that this thread's work on GPU `ordinal` goes to.
+///
+/// # Errors
+/// What libtorch reports, for example that its CUDA half is not there.
+pub fn current_stream(ordinal: usize) -> Result<StreamHandle, TorchError> {
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: a valid out-pointer.
+    checked(unsafe { ditharos_current_stream(ordinal as c_int, &mut stream) })?;
+    Ok(StreamHandle::from_raw(stream))
+}
+
+/// The memory of a contiguous float32 tensor as a region that keeps its storage alive.
 ///
 /// # Panics
-/// When the tensor is not contiguous float32 CPU memory: that is a mistake in this crate.
+/// When the tensor is not contiguous float32 memory of the CPU or a GPU: that is a mistake in this crate.
 pub fn region(tensor: &Tensor) -> Region {
-    assert!(
-        tensor.is_contiguous() && tensor.kind() == Kind::Float && tensor.device() == tch::Device::Cpu,
-        "a region is contiguous float32 CPU memory"
-    );
+    assert!(tensor.is_contiguous() && tensor.kind() == Kind::Float, "a region is contiguous float32 memory");
+    let place = match tensor.device() {
+        Device::Cpu => Place::Host,
+        Device::Cuda(ordinal) => Place::Device(ordinal),
+        other => panic!("no collective reaches memory of {other:?}"),
+    };
     let owner = Box::new(tensor.shallow_clone());
     // SAFETY: the shallow clone shares the storage and keeps it alive; callers leave the tensor alone until the
     // operation has completed (the step waits before it reads or writes a bucket).
-    unsafe { Region::from_raw(tensor.data_ptr().cast(), tensor.numel(), Dtype::F32, Place::Host, owner) }
+    unsafe { Region::from_raw(tensor.data_ptr().cast(), tensor.numel(), Dtype::F32, place, owner) }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn without_a_gpu_there_is_no_stream_and_libtorch_says_why() {
+        if !tch::Cuda::is_available() {
+            let error = super::current_stream(0).unwrap_err().to_string();
+            assert!(error.contains("libtorch: ") && error.contains("cuda"), "{error}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <cstdlib>
@@ -110,5 +111,13 @@ char* ditharos_load_cuda() {
     return strdup(dlerror());
   }
   return nullptr;
+}
+
+// The cudaStream_t that this thread's work on a GPU goes to. Through the generic interface, which needs no headers of CUDA.
+char* ditharos_current_stream(int device, void** stream) {
+  return guarded([&] {
+    c10::Device cuda(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+    *stream = c10::impl::VirtualGuardImpl(cuda.type()).getStream(cuda).native_handle();
+  });
 }
 }
