@@ -71,6 +71,7 @@ fn operations(suite: &Suite) -> Result<(), String> {
         suite.reduces::<u8>(n, |v| v as u8)?;
         suite.reduces::<bf16>(n, |v| bf16::from_f32(v as f32))?;
     }
+    suite.sums_again()?;
     suite.several_in_flight()?;
     suite.dropped()?;
     suite.messages()?;
@@ -163,6 +164,39 @@ impl Suite<'_> {
             same(&label("reduce_scatter"), found, mine.clone())?;
             let found: Vec<T> = self.finish(self.c.reduce_scatter(self.region(values(n * world))?, None, op))?;
             same(&label("reduce_scatter in place"), found[rank * n..(rank + 1) * n].to_vec(), mine)?;
+        }
+        Ok(())
+    }
+
+    /// Sums of numbers whose order matters: the same bits every time, and in f32 near what f64 gives.
+    fn sums_again(&self) -> Result<(), String> {
+        let (rank, world, n) = (self.c.rank(), self.c.world_size(), 3000);
+        let value = |r: usize, i: usize| ((r * 37 + i * 11) as f32 * 0.7).sin() * [1e-3, 1.0, 1e3][(r + i) % 3];
+        let values: Vec<f32> = (0..n * world).map(|i| value(rank, i)).collect();
+        let rounded: Vec<bf16> = values.iter().copied().map(bf16::from_f32).collect();
+        let sum = || {
+            self.finish::<f32>(self.c.reduce_scatter(
+                self.region(values.clone())?,
+                Some(self.region(vec![0f32; n])?),
+                ReduceOp::Sum,
+            ))
+        };
+        let sum_rounded = || {
+            let recv = self.region(vec![bf16::ZERO; n])?;
+            self.finish::<bf16>(self.c.reduce_scatter(self.region(rounded.clone())?, Some(recv), ReduceOp::Sum))
+        };
+        let first = sum()?;
+        for (i, found) in first.iter().enumerate() {
+            let terms: Vec<f64> = (0..world).map(|r| f64::from(value(r, rank * n + i))).collect();
+            let (exact, scale) = (terms.iter().sum::<f64>(), terms.iter().map(|term| term.abs()).sum::<f64>());
+            if (f64::from(*found) - exact).abs() > 1e-6 * scale * world as f64 {
+                return Err(format!("{}: element {i} is {found}, expected {exact}", self.label::<f32>("sum", n)));
+            }
+        }
+        let first_rounded = sum_rounded()?;
+        for _ in 0..3 {
+            same(&self.label::<f32>("the same sum again", n), sum()?, first.clone())?;
+            same(&self.label::<bf16>("the same sum again", n), sum_rounded()?, first_rounded.clone())?;
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ pub mod tcp;
 
 pub use error::CollectiveError;
 pub use op::{Op, ReduceOp};
-pub use pending::{Completer, Pending, Phase};
+pub use pending::{Completer, Done, Pending, Phase};
 pub use region::{Dtype, Element, Place, Region};
 
 use environment::Started;

@@ -2,7 +2,7 @@ use crate::{CollectiveError, Region};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How far an operation has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +52,8 @@ pub(crate) type StreamOrder = Box<dyn FnOnce() -> Result<(), String> + Send>;
 pub struct Pending {
     rank: usize,
     op: &'static str,
-    done: Receiver<Result<Region, CollectiveError>>,
+    started: Instant,
+    done: Receiver<Outcome>,
     shared: Arc<Shared>,
     /// How long the backend may take to clean up after a deadline has passed.
     grace: Duration,
@@ -60,9 +61,22 @@ pub struct Pending {
     launched: Option<Receiver<StreamOrder>>,
 }
 
+/// The result of an operation and when it was there.
+type Outcome = (Result<Region, CollectiveError>, Instant);
+
+/// An operation that is done.
+pub struct Done {
+    /// Holds the result.
+    pub region: Region,
+    /// When the operation was started.
+    pub started: Instant,
+    /// When the backend saw its end.
+    pub ended: Instant,
+}
+
 /// The backend's end of a [`Pending`].
 pub struct Completer {
-    sender: SyncSender<Result<Region, CollectiveError>>,
+    sender: SyncSender<Outcome>,
     shared: Arc<Shared>,
     launched: Option<SyncSender<StreamOrder>>,
 }
@@ -72,7 +86,8 @@ impl Pending {
     pub fn new(rank: usize, op: &'static str) -> (Pending, Completer) {
         let (sender, done) = sync_channel(1);
         let shared = Arc::new(Shared::default());
-        let pending = Pending { rank, op, done, shared: shared.clone(), grace: Duration::ZERO, launched: None };
+        let (started, grace) = (Instant::now(), Duration::ZERO);
+        let pending = Pending { rank, op, started, done, shared: shared.clone(), grace, launched: None };
         (pending, Completer { sender, shared, launched: None })
     }
 
@@ -95,17 +110,26 @@ impl Pending {
     /// [`CollectiveError::Deadline`] after `deadline`, or what the backend reported. The buffers stay with the operation
     /// then, and the collective cannot be used any more.
     pub fn wait(self, deadline: Duration) -> Result<Region, CollectiveError> {
-        let (rank, op) = (self.rank, self.op);
+        self.wait_timed(deadline).map(|done| done.region)
+    }
+
+    /// As [`Pending::wait`], with the times of the operation.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_timed(self, deadline: Duration) -> Result<Done, CollectiveError> {
+        let (rank, op, started) = (self.rank, self.op, self.started);
+        let done = |(result, ended): Outcome| result.map(|region| Done { region, started, ended });
         match self.done.recv_timeout(deadline) {
-            Ok(result) => result,
+            Ok(outcome) => done(outcome),
             Err(RecvTimeoutError::Timeout) => {
                 let phase = self.phase().name().into();
                 self.shared.gave_up.store(true, Ordering::Release);
                 match self.done.recv_timeout(self.grace) {
-                    Ok(Err(CollectiveError::Deadline { phase, .. })) => {
+                    Ok((Err(CollectiveError::Deadline { phase, .. }), _)) => {
                         Err(CollectiveError::Deadline { rank, op, phase, deadline })
                     }
-                    Ok(at_last) => at_last,
+                    Ok(at_last) => done(at_last),
                     Err(_) => Err(CollectiveError::Deadline { rank, op, phase, deadline }),
                 }
             }
@@ -146,7 +170,7 @@ impl Completer {
     /// Reports the end of the operation.
     pub fn complete(self, result: Result<Region, CollectiveError>) {
         // A caller that gave up has dropped its end; nobody is left to tell.
-        let _ = self.sender.send(result);
+        let _ = self.sender.send((result, Instant::now()));
     }
 
     /// Reports that the operation is on its stream.

@@ -47,9 +47,10 @@ impl Event {
     /// Loss and rates of a [`Event::Step`], rates of an [`Event::Sampling`]; empty for other events.
     pub fn rates(&self) -> String {
         match self {
-            Event::Step { loss, images_per_s, data_wait_share, eta_s, .. } => {
+            Event::Step { loss, images_per_s, data_wait_share, overlap, eta_s, .. } => {
                 let (wait, eta) = (100.0 * data_wait_share, duration(*eta_s));
-                format!("loss {loss:.4}  images/s {images_per_s:.0}  data-wait {wait:.1}%  eta {eta}")
+                let overlap = overlap.map(|share| format!("  overlap {:.0}%", 100.0 * share)).unwrap_or_default();
+                format!("loss {loss:.4}  images/s {images_per_s:.0}  data-wait {wait:.1}%{overlap}  eta {eta}")
             }
             Event::Sampling { images_per_s, eta_s, .. } => {
                 format!("images/s {images_per_s:.1}  eta {}", duration(*eta_s))
@@ -78,7 +79,7 @@ mod tests {
 
     #[test]
     fn a_step_is_one_plain_line() {
-        let event = Event::Step {
+        let event = |overlap| Event::Step {
             step: 120,
             steps: 1500,
             epoch: 0,
@@ -89,12 +90,15 @@ mod tests {
             grad_norm: 1.5,
             images_per_s: 431.4,
             data_wait_share: 0.001,
+            overlap,
             eta_s: 190.2,
             rows_read: Vec::new(),
             mfu: None,
             time: 1.0,
         };
-        assert_eq!(event.to_string(), "step 120/1500  loss 0.2130  images/s 431  data-wait 0.1%  eta 3m10s");
+        assert_eq!(event(None).to_string(), "step 120/1500  loss 0.2130  images/s 431  data-wait 0.1%  eta 3m10s");
+        let expected = "step 120/1500  loss 0.2130  images/s 431  data-wait 0.1%  overlap 87%  eta 3m10s";
+        assert_eq!(event(Some(0.874)).to_string(), expected);
     }
 
     #[test]

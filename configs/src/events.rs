@@ -69,6 +69,9 @@ pub enum Event {
         /// Share of the wall time that rank 0 waited for data, 0 to 1.
         #[serde(deserialize_with = "nan_if_null")]
         data_wait_share: f64,
+        /// Share of the time in which gradients or weights were on rank 0's wire that it did not wait for them; `None` with one rank.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        overlap: Option<f64>,
         /// Seconds to the end at this rate.
         #[serde(deserialize_with = "nan_if_null")]
         eta_s: f64,
@@ -250,6 +253,7 @@ mod tests {
             grad_norm: 1.5,
             images_per_s: 431.0,
             data_wait_share: 0.001,
+            overlap: Some(0.75),
             eta_s: 190.0,
             rows_read: vec![30, 10],
             mfu: None,

@@ -13,6 +13,7 @@
 //! | [`resume`] | which keys differ between two configs in a way that makes another experiment |
 //! | [`sampler`] | the samplers by name |
 //! | [`events`] | the JSON lines that a run writes |
+//! | [`spans`] | who was at what and when, for a trace |
 //! | [`validation`] | held-out loss, and the metrics that checkpoints are chosen by |
 //! | [`fid`] | Fréchet distance during training |
 //! | [`cache`] | where bytes of remote data sets are kept |
@@ -35,6 +36,7 @@ mod reader;
 pub mod resume;
 pub mod sampler;
 pub mod schema;
+pub mod spans;
 mod urls;
 pub mod validation;
 

@@ -80,6 +80,11 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
             &[("invariant", Reduction::Invariant), ("fast", Reduction::Fast)],
             Reduction::Invariant,
         ),
+        reduction_dtype: r.choice(
+            "reduction_dtype",
+            &[("fp32", ReductionDtype::Fp32), ("bf16", ReductionDtype::Bf16)],
+            ReductionDtype::Fp32,
+        ),
         data: read_data(r, base),
         cache: cache::read(r, base),
         model: read_model(r),
@@ -352,20 +357,29 @@ fn read_path(r: &mut Reader, key: &'static str, base: &Path, what: &str) -> Opti
 
 /// Keys against each other. A key that already has a mistake is left out of it.
 fn check(r: &mut Reader, c: &RunConfig) {
-    if c.reduction == Reduction::Fast {
-        r.refuse("reduction", "is not built yet", "use \"invariant\"");
+    let invariant = c.reduction == Reduction::Invariant;
+    if r.sound(&["reduction", "reduction_dtype"]) && invariant && c.reduction_dtype == ReductionDtype::Bf16 {
+        r.refuse(
+            "reduction_dtype",
+            "would round at the borders of ranks, so that bits depend on their number",
+            "remove it, or use reduction = \"fast\"",
+        );
     }
     check_data(r, &c.data);
     check_model(r, &c.model);
     diffusion::check(r, &c.diffusion);
-    if r.sound(&["train.lanes"]) && !c.train.lanes.is_power_of_two() {
+    if r.sound(&["train.lanes", "reduction"]) && invariant && !c.train.lanes.is_power_of_two() {
         let above = c.train.lanes.next_power_of_two();
         let batches = if r.sound(&["train.micro_batch"]) {
             format!(" (global batch {} or {})", above / 2 * c.train.micro_batch, above * c.train.micro_batch)
         } else {
             String::new()
         };
-        r.refuse("train.lanes", "is not a power of two", format!("use {} or {above}{batches}", above / 2));
+        r.refuse(
+            "train.lanes",
+            "is not a power of two",
+            format!("use {} or {above}{batches}, or reduction = \"fast\"", above / 2),
+        );
     }
     optimizer::check(r, c);
     validation::check(r, c);

@@ -95,7 +95,7 @@ fn a_mistake_says_where_what_and_what_to_do() {
     let mistakes = load(&text, &[]).unwrap_err();
     assert_eq!(
         mistakes[0].to_string(),
-        "x.toml: `train.lanes` = 12 is not a power of two; use 8 or 16 (global batch 256 or 512)"
+        "x.toml: `train.lanes` = 12 is not a power of two; use 8 or 16 (global batch 256 or 512), or reduction = \"fast\""
     );
     assert_eq!(mistake(&["train.lanes=12"]).origin, "--set");
 }
@@ -154,7 +154,8 @@ fn wrong_types_and_ranges_are_refused() {
         ("run.url=", "is empty"),
         ("data.url=http://[::1/x", "not a valid URL"),
         ("sample.vae=s3://bucket/vae", "not a folder on this machine"),
-        ("reduction=fast", "not built yet"),
+        ("reduction=fastest", "not one of the choices"),
+        ("reduction_dtype=bf16", "would round at the borders of ranks"),
         ("model.preset=DiT-M/2", "not a known preset"),
         ("model.conditioning=film", "not one of the choices"),
         ("train.lanes=131072", "out of range"),
@@ -162,6 +163,17 @@ fn wrong_types_and_ranges_are_refused() {
         let mistakes = load(SMALL, &[given]).unwrap_err();
         assert!(mistakes[0].problem.contains(problem), "{given}: {mistakes:#?}");
     }
+}
+
+#[test]
+fn fast_sums_take_any_number_of_lanes_and_bf16() {
+    let config = load(SMALL, &["reduction=fast", "train.lanes=12", "reduction_dtype=bf16"]).unwrap();
+    assert_eq!((config.reduction, config.reduction_dtype), (Reduction::Fast, ReductionDtype::Bf16));
+    let recorded = config.to_json();
+    assert_eq!((&recorded["reduction"], &recorded["reduction_dtype"]), (&"fast".into(), &"bf16".into()));
+    // Records of earlier versions have no such key.
+    assert_eq!(load(SMALL, &["reduction=fast"]).unwrap().to_json().get("reduction_dtype"), None);
+    assert!(mistake(&["train.lanes=12"]).advice.contains("or reduction = \"fast\""));
 }
 
 #[test]

@@ -22,6 +22,9 @@ pub struct RunConfig {
     pub seed: u64,
     /// How partial gradient sums of lanes are combined.
     pub reduction: Reduction,
+    /// With [`Reduction::Fast`], in what numbers gradients cross the wire.
+    #[serde(skip_serializing_if = "is_default")]
+    pub reduction_dtype: ReductionDtype,
     /// Where samples come from and how they are dealt to the lanes.
     pub data: DataConfig,
     /// Where bytes of remote data sets are kept; `None` without `cache.bytes`.
@@ -74,8 +77,20 @@ pub struct RunLocation {
 pub enum Reduction {
     /// Along the canonical tree: the same bits on any number of ranks.
     Invariant,
-    /// In whatever order is fastest. Refused by [`RunConfig::load`] until it is built.
+    /// Each rank's lanes one after the other, then the ranks in the backend's order: the same bits only on the same number of
+    /// ranks. Needs no power of two.
     Fast,
+}
+
+/// `reduction_dtype`: the numbers in which gradients cross the wire.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReductionDtype {
+    /// As they were computed.
+    #[default]
+    Fp32,
+    /// Each rank's sum is rounded, and so is every addition: half the bytes.
+    Bf16,
 }
 
 /// `[data]`

@@ -14,6 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use configs::spans::{Track::Data, span};
 use tokio::sync::watch;
 
 use crate::captions::check_options;
@@ -232,11 +233,15 @@ fn work(context: &Context, planner: &Mutex<Planner>, stopped: watch::Receiver<bo
         let job = planner.lock().unwrap_or_else(PoisonError::into_inner).next()?;
         let Some(mut job) = job else { return Ok(()) };
         for window in &job.windows {
+            let _loading = span(Data, "load a window", None);
             if window.load(context, &stopped)?.is_none() {
                 return Ok(());
             }
         }
-        filler.fill(context, &mut job)?;
+        {
+            let _filling = span(Data, "fill micro-batches", job.first);
+            filler.fill(context, &mut job)?;
+        }
         context.queue.deliver(job.first, context.lanes.len(), job.batches);
     }
 }

@@ -45,6 +45,12 @@ pub struct Cli {
     /// Override a key of the config, e.g. --set train.steps=100. May be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Write what all ranks did, and when, in the first steps into this file, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Steps to trace [default: 20].
+    #[arg(long, value_name = "N", requires = "trace", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub trace_steps: Option<u64>,
     /// Print the plan and start nothing.
     #[arg(long)]
     pub dry_run: bool,

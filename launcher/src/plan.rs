@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use configs::lanes::allowed_world_sizes;
-use configs::{Device, RunConfig, location};
+use configs::lanes::world_sizes;
+use configs::{Device, Reduction, RunConfig, location};
 use serde::Serialize;
 use serde_json::json;
 
@@ -58,7 +58,7 @@ pub struct Plan {
     pub is_allocated: bool,
     /// Machines that compute.
     pub nodes: usize,
-    /// Machines that were offered and are not used, counted from 0, because ranks come in powers of two.
+    /// Machines that were offered and are not used, counted from 0, because the lanes allow only certain world sizes.
     pub idle_nodes: Vec<usize>,
     /// Host names, if given; node `i` is `hosts[i]`.
     pub hosts: Vec<String>,
@@ -66,6 +66,8 @@ pub struct Plan {
     pub procs_per_node: usize,
     /// Ranks altogether.
     pub world_size: usize,
+    /// How sums over lanes are made.
+    pub reduction: Reduction,
     /// World sizes that the experiment's lanes allow for training.
     pub allowed_world_sizes: Vec<usize>,
     /// Lanes of the experiment.
@@ -139,7 +141,7 @@ pub enum PlanError {
 impl Plan {
     /// Lays the run out.
     ///
-    /// For training, nodes that do not fit a power of two stay idle (three nodes left of four run as two). Ranks per node are taken
+    /// For training, nodes that do not fit an allowed world size stay idle (three nodes left of four run as two). Ranks per node are taken
     /// as asked, or else as many as the node has GPUs (cores over threads per rank where it has none), rounded down. For sampling
     /// every number of ranks will do.
     ///
@@ -171,7 +173,7 @@ impl Plan {
         };
         let device = device(train.device, machine, via)?;
         let job = request.job;
-        let allowed = allowed_world_sizes(train.lanes);
+        let allowed = world_sizes(config.reduction, train.lanes);
         let asked = request.procs_per_node.or(config.cluster.procs_per_node);
         if let Some(procs_per_node) = asked.filter(|procs| job == Job::Train && !allowed.contains(procs)) {
             let world_size = offered.saturating_mul(procs_per_node);
@@ -186,8 +188,12 @@ impl Plan {
         let capacity = if device == Device::Cuda { machine.gpus } else { machine.cores / train.threads_per_rank };
         let (nodes, procs_per_node) = match job {
             Job::Train | Job::Doctor => {
-                let nodes = floor_power_of_two(offered.min(train.lanes / asked.unwrap_or(1)));
-                (nodes, asked.unwrap_or_else(|| floor_power_of_two(capacity.min(train.lanes / nodes))))
+                let most = |limit: usize, others: usize| {
+                    let fits = |count: &usize| allowed.contains(&(count * others));
+                    (1..=limit.min(train.lanes)).rev().find(fits).unwrap_or(1)
+                };
+                let nodes = most(offered, asked.unwrap_or(1));
+                (nodes, asked.unwrap_or_else(|| most(capacity, nodes)))
             }
             Job::Sample | Job::Validate | Job::Evaluate => (offered, asked.unwrap_or(capacity.max(1))),
         };
@@ -202,6 +208,7 @@ impl Plan {
             hosts: hosts.clone(),
             procs_per_node,
             world_size,
+            reduction: config.reduction,
             allowed_world_sizes: allowed,
             lanes: train.lanes,
             lanes_per_rank: if job == Job::Train { train.lanes / world_size } else { 0 },
@@ -235,6 +242,12 @@ impl Plan {
                 join(&self.allowed_world_sizes),
             ));
         }
+        if self.job == Job::Train && self.reduction == Reduction::Fast {
+            notes.push(format!(
+                "reduction = \"fast\": the same bits only from starts on {} ranks; \"invariant\" gives them on every allowed number",
+                self.world_size
+            ));
+        }
         let threads = self.procs_per_node * self.threads_per_rank;
         if self.device == Device::Cpu && threads > machine.cores {
             notes.push(format!("{threads} threads share {} cores: ranks will wait for each other", machine.cores));
@@ -254,11 +267,6 @@ fn device(asked: Device, machine: &Machine, via: Via) -> Result<Device, PlanErro
         Device::Cuda if machine.gpus == 0 && via == Via::Local => Err(PlanError::NoGpu),
         fixed => Ok(fixed),
     }
-}
-
-/// The largest power of two that is not above `count`; 1 for 0.
-fn floor_power_of_two(count: usize) -> usize {
-    1 << count.max(1).ilog2()
 }
 
 fn join(sizes: &[usize]) -> String {

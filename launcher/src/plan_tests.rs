@@ -40,6 +40,20 @@ fn ranks_per_node_follow_the_machine_rounded_down_to_fit() {
 }
 
 #[test]
+fn fast_sums_run_on_every_divisor_of_the_lanes_and_say_what_that_costs() {
+    let fast = config(12, &["reduction=fast"]);
+    let plan = |nodes, procs, machine| Plan::new(&fast, &request(nodes, procs), machine).unwrap();
+    assert_eq!(layout(&plan(None, None, &LAPTOP)), (1, 6, 2, 0));
+    assert_eq!(layout(&plan(Some(3), None, &GPU_NODE)), (3, 4, 1, 0));
+    assert_eq!(layout(&plan(Some(5), Some(3), &GPU_NODE)), (4, 3, 1, 1));
+    assert_eq!(plan(None, Some(3), &LAPTOP).allowed_world_sizes, [1, 2, 3, 4, 6, 12]);
+    let notes = plan(None, Some(3), &LAPTOP).notes;
+    assert!(notes[0].contains("the same bits only from starts on 3 ranks"), "{notes:?}");
+    let refused = Plan::new(&fast, &request(None, Some(5)), &LAPTOP).unwrap_err().to_string();
+    assert!(refused.contains("allowed world sizes are 1, 2, 3, 4, 6, 12"), "{refused}");
+}
+
+#[test]
 fn sampling_takes_any_number_of_ranks() {
     let plan = |procs, machine| {
         let request = Request { job: Job::Sample, ..request(Some(3), procs) };

@@ -158,7 +158,8 @@ impl TrainerCall {
         let config = std::path::absolute(&cli.config)
             .with_context(|| format!("cannot make the path {} absolute", cli.config.display()))?;
         let (command, options) = match &cli.command {
-            None => ("train", Vec::new()),
+            None => ("train", traced(cli)?),
+            Some(_) if cli.trace.is_some() => bail!("--trace is for training; leave it out with a command"),
             Some(Command::Sample { options }) => ("sample", options.clone()),
             Some(Command::Validate { options }) => ("validate", options.clone()),
             Some(Command::Evaluate { options }) => ("evaluate", options.clone()),
@@ -197,6 +198,18 @@ impl TrainerCall {
         }
         argv
     }
+}
+
+/// The trainer's options for a trace.
+fn traced(cli: &Cli) -> anyhow::Result<Vec<OsString>> {
+    let Some(file) = &cli.trace else { return Ok(Vec::new()) };
+    let file =
+        std::path::absolute(file).with_context(|| format!("cannot make the path {} absolute", file.display()))?;
+    let mut options: Vec<OsString> = vec!["--trace".into(), file.into()];
+    if let Some(steps) = cli.trace_steps {
+        options.extend(["--trace-steps".into(), steps.to_string().into()]);
+    }
+    Ok(options)
 }
 
 /// The engine that a plan is to be started with.

@@ -18,6 +18,7 @@ use trainer::ema::Average;
 use trainer::engine::bucket::{Bucket, Buckets, Entry, view_of};
 use trainer::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use trainer::engine::stepper::{Experiment, Stepper};
+use trainer::engine::wire::Summation;
 use trainer::ffi::AdamW;
 use trainer::model::dit::Dit;
 use trainer::model::{Flow, Model, Segment};
@@ -176,7 +177,7 @@ impl<'b> Recording<'b> {
             buckets,
             optimizer,
             Arc::new(SingleCollective::new(Duration::from_secs(60))),
-            Experiment { seed: 0, lanes: 1, block, device: Device::Cpu },
+            Experiment { seed: 0, lanes: 1, block, device: Device::Cpu, summation: Summation::Tree },
         );
         let (mut loss, mut grad_norm) = (Vec::new(), Vec::new());
         for (index, batch) in self.batches.iter().enumerate() {

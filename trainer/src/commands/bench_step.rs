@@ -5,6 +5,7 @@ use crate::ema::Average;
 use crate::engine::bucket::Buckets;
 use crate::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use crate::engine::stepper::{Experiment, Stepper};
+use crate::engine::wire::Summation;
 use crate::ffi::{self, AdamW};
 use crate::model::Model;
 use crate::model::dit::{Dit, DitConfig};
@@ -115,7 +116,7 @@ pub(super) fn bench_stepper(model: Arc<dyn Model>) -> Result<Stepper> {
         Buckets::initialise(&*model, lanes, block, averages.len(), seed, &Default::default(), device),
         Optimizer::new(hyper, schedule, averages),
         Arc::new(SingleCollective::new(Duration::from_secs(600))),
-        Experiment { seed, lanes, block, device },
+        Experiment { seed, lanes, block, device, summation: Summation::Tree },
     ))
 }
 

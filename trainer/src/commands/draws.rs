@@ -14,6 +14,7 @@ use crate::engine::data::{Data, damage_policy, open_data, row_order, skip_budget
 use crate::engine::decisions::DecisionLog;
 use crate::engine::initial::{Initial, fresh};
 use crate::engine::stepper::Experiment;
+use crate::engine::wire::Summation;
 use crate::interop::safetensors::{write, write_weights};
 use crate::interop::values::{Dtype, TensorSpec, encode, to_vec};
 use crate::interop::{NamedWeights, pinned};
@@ -64,7 +65,13 @@ pub fn draws(args: &DrawsArgs) -> Result<()> {
     let (sources, recipe) = open_data(&config)?;
     let model = recipe.build_model()?;
     let block = LaneBlock::of(0, 1, config.train.lanes)?;
-    let experiment = Experiment { seed: config.seed, lanes: config.train.lanes, block, device: Device::Cpu };
+    let experiment = Experiment {
+        seed: config.seed,
+        lanes: config.train.lanes,
+        block,
+        device: Device::Cpu,
+        summation: Summation::Tree,
+    };
     let order = row_order(&config, &sources)?;
     let num_classes = recipe.model.num_classes as usize;
     let data = Data { sources, order, num_classes, experiment };

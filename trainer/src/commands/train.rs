@@ -6,8 +6,10 @@ use crate::engine::rank::Rank;
 use crate::engine::run::{Outcome, run};
 use crate::engine::saver::SaveFailed;
 use crate::engine::stepper::StepError;
+use crate::telemetry::{Trace, TraceArgs};
 use anyhow::Result;
 use collective::Collective;
+use configs::spans::{Track, span};
 use configs::{RunConfig, exit};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,6 +24,8 @@ pub struct TrainArgs {
     /// Overrides of config keys.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 /// Trains to the end or to a stop request and gives the process's exit code.
@@ -33,7 +37,14 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let collective = collective::from_environment(Duration::from_secs(config.collective.timeout_s))?;
     let collective: Arc<dyn Collective> = collective.into();
-    let outcome = Rank::set_up(config, collective.clone()).and_then(|mut rank| run(&mut rank));
+    let outcome = Trace::begin(&args.trace, &*collective).and_then(|trace| {
+        let mut rank = {
+            let _setting_up = span(Track::Compute, "set up", None);
+            Rank::set_up(config, collective.clone())?
+        };
+        rank.trace = trace.map(|trace| trace.after(rank.resumed_from.unwrap_or(0)));
+        run(&mut rank)
+    });
     match outcome {
         Ok(Outcome::Done) => Ok(exit::OK),
         Ok(Outcome::Stopped) => Ok(exit::RESUMABLE),

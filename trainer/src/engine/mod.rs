@@ -28,3 +28,4 @@ pub mod stop;
 pub mod tape;
 pub mod tree;
 pub mod validation;
+pub mod wire;

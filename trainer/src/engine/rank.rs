@@ -13,13 +13,14 @@ use super::grid::SampleGrid;
 use super::optimizer::Optimizer;
 use super::requests::Requests;
 use super::saver::{SaveOptions, Saver};
-use super::start::{Initialised, load_initial, record_origin, resume};
+use super::start::{Initialised, load_initial, record_origin, record_world_size, resume};
 use super::stepper::{Experiment, Stepper};
 use super::stop::{Grace, StopFlag};
 use super::validation::Validation;
+use super::wire::Summation;
 use crate::ffi;
 use crate::recipe::Recipe;
-use crate::telemetry::Journal;
+use crate::telemetry::{Journal, Trace};
 use crate::validation::metric;
 use anyhow::{Context, Result};
 use checkpoint::{AttemptInfo, Retention, RunStore, StoreOptions};
@@ -72,6 +73,8 @@ pub struct Rank {
     pub stop: StopFlag,
     /// How long the checkpoint after one may take, if that is limited.
     pub grace: Option<Grace>,
+    /// Of the first steps, if asked for.
+    pub trace: Option<Trace>,
 }
 
 /// What a rank finds out alone, before the first collective.
@@ -121,6 +124,7 @@ impl Rank {
             Some(_) => Default::default(),
         };
         record_origin(&mut record, manifest.as_ref(), initialised.as_ref());
+        record_world_size(&mut record, manifest.as_ref(), &config, &*collective);
         let attempt = decided_by_rank_0(&*collective, || {
             let info = AttemptInfo { resumed_from, world_size: collective.world_size(), ..Default::default() };
             store.claim_attempt(&info).context("claiming an attempt")
@@ -132,7 +136,8 @@ impl Rank {
         let fresh = || Buckets::initialise(&*model, lanes, block, averages, config.seed, &initial.tensors, device);
         let buckets = buckets.unwrap_or_else(fresh);
         drop(initial);
-        let experiment = Experiment { seed: config.seed, lanes, block, device };
+        let experiment =
+            Experiment { seed: config.seed, lanes, block, device, summation: Summation::of_config(&config) };
         let objective = recipe.build_objective();
         let mut stepper = Stepper::new(model, objective, buckets, optimizer, collective.clone(), experiment);
         if manifest.is_some() {
@@ -179,13 +184,15 @@ impl Rank {
             between,
             stop,
             grace,
+            trace: None,
         })
     }
 }
 
 impl Prepared {
     fn new(config: &RunConfig, collective: &dyn Collective) -> Result<Self> {
-        let block = LaneBlock::of(collective.rank(), collective.world_size(), config.train.lanes)?;
+        let (rank, world_size) = (collective.rank(), collective.world_size());
+        let block = LaneBlock::under(config.reduction, rank, world_size, config.train.lanes)?;
         tch::set_num_threads(config.train.threads_per_rank as i32);
         tch::set_num_interop_threads(1);
         ffi::set_deterministic()?;

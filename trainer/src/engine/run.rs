@@ -5,6 +5,7 @@ use super::rank::Rank;
 use super::saver::{Save, Saved};
 use super::start::Initialised;
 use super::stepper::StepReport;
+use super::wire::WireTime;
 use crate::model::Model;
 use crate::telemetry::measured_gemm_rate;
 use anyhow::Result;
@@ -69,6 +70,9 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         if let Some(why) = save {
             rank.save(step, why, metrics)?;
         }
+        if let Some(trace) = rank.trace.take_if(|trace| stop || trace.is_complete(step)) {
+            trace.write(&*rank.collective)?;
+        }
         if stop {
             rank.finish_saving()?;
             rank.tell(|_| Event::Stop { step, reason: "asked to stop".to_owned(), time: now() })?;
@@ -79,6 +83,9 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
     }
     rank.stepper.wait_for_all_weights()?;
     rank.finish_saving()?;
+    if let Some(trace) = rank.trace.take() {
+        trace.write(&*rank.collective)?;
+    }
     rank.tell(|_| Event::Done { step: steps, time: now() })?;
     rank.collective.barrier()?;
     Ok(Outcome::Done)
@@ -168,6 +175,7 @@ struct Meter {
     since: Instant,
     steps: u64,
     data_wait: Duration,
+    wire: WireTime,
     /// FLOP/s of a plain matrix product here, which MFU is a share of; 0 where nobody asks.
     gemm_rate: f64,
 }
@@ -175,12 +183,13 @@ struct Meter {
 impl Meter {
     fn start(rank: &Rank) -> Self {
         let gemm_rate = if rank.journal.is_some() { measured_gemm_rate(rank.device) } else { 0.0 };
-        Self { since: Instant::now(), steps: 0, data_wait: Duration::ZERO, gemm_rate }
+        Self { since: Instant::now(), steps: 0, data_wait: Duration::ZERO, wire: WireTime::default(), gemm_rate }
     }
 
     fn count(&mut self, report: &StepReport) {
         self.steps += 1;
         self.data_wait += report.data_wait;
+        self.wire += report.wire;
     }
 
     fn report(&mut self, rank: &mut Rank, step: u64, report: &StepReport) -> Result<()> {
@@ -191,7 +200,7 @@ impl Meter {
         let peak = self.gemm_rate * rank.collective.world_size() as f64;
         let part = |name: &str| report.parts.iter().find(|part| part.0 == name).map(|part| part.1);
         let (steps, gemm_rate) = (rank.config.train.steps, self.gemm_rate);
-        let (made, data_wait) = (self.steps, self.data_wait.as_secs_f64());
+        let (made, data_wait, overlap) = (self.steps, self.data_wait.as_secs_f64(), self.wire.overlap());
         rank.tell(|rank| Event::Step {
             step,
             steps,
@@ -203,12 +212,14 @@ impl Meter {
             grad_norm: report.grad_norm,
             images_per_s,
             data_wait_share: data_wait / elapsed,
+            overlap,
             eta_s: (steps - step) as f64 * elapsed / made as f64,
             rows_read: if rank.data.order.sources() > 1 { rank.data.order.rows_read(step) } else { Vec::new() },
             mfu: (peak > 0.0).then(|| flop_per_s / peak),
             time: now(),
         })?;
-        *self = Self { since: Instant::now(), steps: 0, data_wait: Duration::ZERO, gemm_rate };
+        *self =
+            Self { since: Instant::now(), steps: 0, data_wait: Duration::ZERO, wire: WireTime::default(), gemm_rate };
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ use super::stop::StopFlag;
 use anyhow::{Context, Result, anyhow};
 use checkpoint::{Commit, Manifest, Retention, RunStore, ShardId, ShardRecord};
 use collective::Collective;
+use configs::spans::{Track, span};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -156,6 +157,7 @@ impl Saver {
     pub fn save(&mut self, save: Save) -> Result<Option<Saved>> {
         let earlier = self.finish()?;
         let Save { step, stepper, mut metrics, put_off, record, requests } = save;
+        let _copying = span(Track::Compute, "snapshot", step);
         self.snapshot.take(&stepper.buckets, Instant::now() + self.upload_timeout)?;
         let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
         let (result, shard) = Awaited::new();
@@ -283,13 +285,19 @@ fn work(store: &RunStore, retention: &Retention, stop: &StopFlag, queue: Receive
         // A receiver that is gone belongs to a run that has already failed.
         match job {
             Job::Upload { id, snapshot, result } => {
-                let shard = store.write_shard(&id, &snapshot.slices()).map_err(Into::into);
+                let shard = {
+                    let _uploading = span(Track::Saver, "upload", id.step);
+                    store.write_shard(&id, &snapshot.slices()).map_err(Into::into)
+                };
                 // The next checkpoint needs its memory.
                 drop(snapshot);
                 let _ = result.send(shard);
             }
             Job::Commit { commit, requests, result } => {
-                let manifest = store.commit(commit);
+                let manifest = {
+                    let _committing = span(Track::Saver, "commit", commit.step);
+                    store.commit(commit)
+                };
                 let is_committed = manifest.is_ok();
                 let _ = result.send(manifest.map_err(Into::into));
                 if is_committed && let Err(error) = store.answer(&requests) {

@@ -11,7 +11,7 @@ use crate::recipe::Recipe;
 use anyhow::{Context, Result, bail};
 use checkpoint::{CheckpointError, Committed, Damaged, Manifest, RunStore};
 use collective::Collective;
-use configs::RunConfig;
+use configs::{Reduction, RunConfig};
 use serde_json::Value;
 
 /// First weights from elsewhere.
@@ -181,4 +181,32 @@ pub(super) fn record_origin(record: &mut Value, resumed: Option<&Manifest>, init
         record["init"]["source"] = from.as_str().into();
         record["init"]["changes"] = changes.as_slice().into();
     }
+}
+
+/// With fast sums the bits depend on the number of ranks: the record says which numbers made which steps, so that the run can be
+/// repeated.
+pub(super) fn record_world_size(
+    record: &mut Value,
+    resumed: Option<&Manifest>,
+    config: &RunConfig,
+    collective: &dyn Collective,
+) {
+    const KEY: &str = "fast_world_sizes";
+    if config.reduction != Reduction::Fast {
+        return;
+    }
+    let world_size = collective.world_size();
+    let mut history = resumed.and_then(|manifest| manifest.config["run"][KEY].as_array().cloned()).unwrap_or_default();
+    let before = history.last().map(|last| last["world_size"].clone());
+    if before.as_ref() != Some(&Value::from(world_size)) {
+        let from_step = resumed.map_or(0, |manifest| manifest.step) + 1;
+        if let Some(before) = before.filter(|_| collective.rank() == 0) {
+            eprintln!(
+                "trainer: note: reduction = \"fast\": steps from {from_step} on are those of {world_size} ranks, where the run had \
+                 {before}; sums are rounded otherwise, nothing else changes"
+            );
+        }
+        history.push(serde_json::json!({ "from_step": from_step, "world_size": world_size }));
+    }
+    record["run"][KEY] = history.into();
 }

@@ -4,6 +4,7 @@ use super::stepper::{StepError, StepReport, Stepper};
 use super::tape::{Backward, Tape};
 use crate::ffi;
 use crate::model::Flow;
+use configs::spans::{Track::Compute, span};
 use data_loader::{DataError, MicroBatch, MicroBatchStream};
 use std::time::{Duration, Instant};
 
@@ -47,12 +48,16 @@ impl Stepper {
     /// # Errors
     /// [`StepError`]; nothing was updated then.
     pub fn step(&mut self, step: u64, batches: &mut dyn Batches, signal: u32) -> Result<StepReport, StepError> {
+        let _step = span(Compute, "step", step);
         let mut data_wait = Duration::ZERO;
         let mut losses = Vec::with_capacity(self.experiment.block.len);
         let mut used = Vec::with_capacity(self.experiment.block.len);
         for lane in self.experiment.block.range() {
             let asked = Instant::now();
-            let batch = self.data(step, batches.next())?;
+            let batch = {
+                let _waiting = span(Compute, "wait for data", lane as u64);
+                self.data(step, batches.next())?
+            };
             data_wait += asked.elapsed();
 
             let (x_start, labels) = self.experiment.input(&*self.model, &batch);
@@ -66,17 +71,22 @@ impl Stepper {
             losses.push(loss);
             used.push(batch);
         }
-        let grads = self.reducer.finish(&*self.collective);
+        let grads = self.reducer.finish(&*self.collective, &mut self.clock);
         let grads = self.wire(step, "reduce", grads)?;
         let broken: Vec<_> = used.iter().flat_map(|batch| batch.broken.iter().cloned()).collect();
         let found = self.decisions.unknown(&broken);
         let signal = signal | if found.is_empty() { 0 } else { REPLACED };
-        let mut report = self.agree(step, &losses, &grads, data_wait, signal)?;
+        let mut report = {
+            let _agreeing = span(Compute, "agree", None);
+            self.agree(step, &losses, &grads, data_wait, signal)?
+        };
+        report.wire = self.clock.take();
         if report.signals.iter().any(|signal| signal & REPLACED != 0) {
             report.replaced = self.decide(step, &found)?;
         }
         // `agree` has waited for the device.
         used.into_iter().for_each(|batch| batches.recycle(batch));
+        let _updating = span(Compute, "update", None);
         let updated = self.optimizer.update(&self.buckets.0, &grads, step, report.grad_norm);
         self.torch(step, "update", updated)?;
         let gathering = self.gather_weights();
@@ -86,10 +96,12 @@ impl Stepper {
 
     /// Runs the chain; each segment waits until its weights have come back from the last update.
     fn forward(&mut self, step: u64, input: Flow) -> Result<Tape, StepError> {
+        let _forward = span(Compute, "forward", None);
         let mut tape = Tape::new(&*self.model, input);
         for index in 0..self.buckets.0.len() {
             let complete = self.wait_for_weights(index);
             self.wire(step, "forward", complete)?;
+            let _segment = span(Compute, "forward of segment", index as u64);
             tape.forward(&*self.model.segments()[index], &self.buckets.0[index].weights);
         }
         Ok(tape)
@@ -97,7 +109,9 @@ impl Stepper {
 
     /// Runs the chain backwards; in the last lane each finished bucket is on the wire while the next segment computes.
     fn backward(&mut self, step: u64, mut backward: Backward) -> Result<(), StepError> {
+        let _backward = span(Compute, "backward", None);
         for index in (0..self.buckets.0.len()).rev() {
+            let _segment = span(Compute, "backward of segment", index as u64);
             let bucket = &self.buckets.0[index];
             let grads = self.torch(step, "backward", backward.segment(&bucket.trainable))?;
             if let Some(block) = self.sums[index].push(&bucket.layout, grads) {

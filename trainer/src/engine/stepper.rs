@@ -5,6 +5,7 @@ use super::decisions::DecisionLog;
 use super::optimizer::Optimizer;
 use super::reducer::Reducer;
 use super::tree::{LaneSum, sum_lanes};
+use super::wire::{Summation, WireClock, WireTime};
 use crate::diffusion::{LossTerms, Objective};
 use crate::ffi::{TorchError, region, upload};
 use crate::model::{Model, WeightSet};
@@ -30,6 +31,8 @@ pub struct Experiment {
     pub block: LaneBlock,
     /// Where this rank computes.
     pub device: Device,
+    /// How the ranks' sums of gradients become one.
+    pub summation: Summation,
 }
 
 impl Experiment {
@@ -71,6 +74,7 @@ pub struct Stepper {
     pub(super) reducer: Reducer,
     /// The weights of a bucket that are still coming back after an update.
     gathers: Vec<Option<Pending>>,
+    pub(super) clock: WireClock,
 }
 
 /// What a step reports; the same on every rank but for the time waited.
@@ -86,6 +90,8 @@ pub struct StepReport {
     pub lr: f64,
     /// Time this rank waited for data.
     pub data_wait: Duration,
+    /// What this rank's gradients, and the weights that came back before it computed, took on the wire.
+    pub wire: WireTime,
     /// The signal of every rank, see [`Stepper::step`].
     pub signals: Vec<u32>,
     /// The row groups whose rows were replaced at this step for the first time.
@@ -121,12 +127,16 @@ impl Stepper {
         collective: Arc<dyn Collective>,
         experiment: Experiment,
     ) -> Self {
-        let Experiment { lanes, block, device, .. } = experiment;
-        let sum = |bucket: &super::bucket::Bucket| LaneSum::new(&bucket.layout, block.len, device);
+        let Experiment { lanes, block, device, summation, .. } = experiment;
+        let sum = |bucket: &Bucket| match summation {
+            Summation::Tree => LaneSum::new(&bucket.layout, block.len, device),
+            Summation::Backend(_) => LaneSum::running(&bucket.layout, block.len, device),
+        };
         Self {
             sums: buckets.0.iter().map(sum).collect(),
-            reducer: Reducer::new(&buckets.0, lanes, collective.world_size()),
+            reducer: Reducer::new(&buckets.0, lanes, collective.world_size(), summation),
             gathers: buckets.0.iter().map(|_| None).collect(),
+            clock: WireClock::default(),
             model,
             objective,
             buckets,
@@ -198,6 +208,7 @@ impl Stepper {
             grad_norm: bucket_squares.iter().sum::<f64>().sqrt(),
             lr: self.optimizer.schedule.at(step),
             data_wait,
+            wire: WireTime::default(),
             signals: all.chunks(width).map(|rank| rank[width - 1] as u32).collect(),
             replaced: Vec::new(),
         })
@@ -235,7 +246,7 @@ impl Stepper {
     /// See [`Pending::wait`].
     pub fn wait_for_weights(&mut self, index: usize) -> Result<(), CollectiveError> {
         match self.gathers[index].take() {
-            Some(gather) => gather.wait(self.collective.deadline()).map(|_| ()),
+            Some(gather) => self.clock.wait(gather, self.collective.deadline(), "gather", index),
             None => Ok(()),
         }
     }

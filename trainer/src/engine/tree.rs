@@ -14,6 +14,8 @@ pub struct LaneSum {
     levels: Vec<Tensor>,
     lanes: usize,
     pushed: usize,
+    /// Not along the tree, but each lane to the sum of those before it, in one buffer.
+    running: bool,
 }
 
 impl LaneSum {
@@ -21,7 +23,12 @@ impl LaneSum {
     pub fn new(layout: &BucketLayout, lanes: usize, device: Device) -> Self {
         let buffers = (lanes.trailing_zeros() as usize).max(1);
         let zeros = |_| Tensor::zeros([layout.numel as i64], (Kind::Float, device));
-        Self { levels: (0..buffers).map(zeros).collect(), lanes, pushed: 0 }
+        Self { levels: (0..buffers).map(zeros).collect(), lanes, pushed: 0, running: false }
+    }
+
+    /// For any number of lanes of this rank, added to each other in turn: not the canonical tree.
+    pub fn running(layout: &BucketLayout, lanes: usize, device: Device) -> Self {
+        Self { lanes, running: true, ..Self::new(layout, 1, device) }
     }
 
     /// Adds the next lane's gradients of the trainable parameters, in layout order (`None` is zero). With the last
@@ -30,14 +37,15 @@ impl LaneSum {
     /// Padding and frozen parameters are never written and stay zero.
     pub fn push(&mut self, layout: &BucketLayout, grads: Vec<Option<Tensor>>) -> Option<Tensor> {
         let index = self.pushed;
-        let odd = index & 1 == 1;
+        // Level 0 holds the lane, or lanes, that this one is added to.
+        let adds = if self.running { index > 0 } else { index & 1 == 1 };
         tch::no_grad(|| {
             for (entry, grad) in layout.entries.iter().zip(grads) {
                 let mut target = slice(&self.levels[0], &entry.range());
                 match grad {
-                    Some(grad) if odd => target += grad.reshape([-1]),
+                    Some(grad) if adds => target += grad.reshape([-1]),
                     Some(grad) => target.copy_(&grad.reshape([-1])),
-                    None if odd => {}
+                    None if adds => {}
                     None => {
                         let _ = target.zero_();
                     }
@@ -46,7 +54,7 @@ impl LaneSum {
         });
         // A finished pair is in level 0: node `node` of `size` lanes. Carry it up as far as siblings are waiting.
         let (mut level, mut node, mut size) = (0, index / 2, 2);
-        while odd && size < self.lanes {
+        while adds && !self.running && size < self.lanes {
             let (low, high) = self.levels.split_at_mut(level + 1);
             if node & 1 == 0 {
                 swap(&mut low[level], &mut high[0]);
@@ -151,6 +159,21 @@ mod tests {
             let found: Vec<f32> = Vec::try_from(root).unwrap();
             assert_eq!(found[..15], expected[..], "world size {world_size}");
             assert!(found[15..].iter().all(|&v| v == 0.0));
+        }
+    }
+
+    #[test]
+    fn a_running_sum_takes_any_number_of_lanes() {
+        let layout = BucketLayout::new(&OneTensor, 3);
+        let mut sum = LaneSum::running(&layout, 3, Device::Cpu);
+        let straight: Vec<f32> =
+            (0..3).map(lane_grad).reduce(|a, b| a.iter().zip(b).map(|(a, b)| a + b).collect()).unwrap();
+        for lane in (0..3).chain(0..3) {
+            let done = sum.push(&layout, vec![Some(Tensor::from_slice(&lane_grad(lane)).view([5, 3]))]);
+            assert_eq!(done.is_some(), lane == 2);
+            if let Some(done) = done {
+                assert_eq!(Vec::<f32>::try_from(done).unwrap()[..15], straight[..]);
+            }
         }
     }
 

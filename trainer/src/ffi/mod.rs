@@ -196,12 +196,17 @@ pub fn current_stream(ordinal: usize) -> Result<StreamHandle, TorchError> {
     Ok(StreamHandle::from_raw(stream))
 }
 
-/// The memory of a contiguous float32 tensor as a region that keeps its storage alive.
+/// The memory of a contiguous float32 or bfloat16 tensor as a region that keeps its storage alive.
 ///
 /// # Panics
-/// When the tensor is not contiguous float32 memory of the CPU or a GPU: that is a mistake in this crate.
+/// When the tensor is not such memory of the CPU or a GPU: that is a mistake in this crate.
 pub fn region(tensor: &Tensor) -> Region {
-    assert!(tensor.is_contiguous() && tensor.kind() == Kind::Float, "a region is contiguous float32 memory");
+    assert!(tensor.is_contiguous(), "a region is contiguous memory");
+    let dtype = match tensor.kind() {
+        Kind::Float => Dtype::F32,
+        Kind::BFloat16 => Dtype::Bf16,
+        other => panic!("no collective moves {other:?}"),
+    };
     let place = match tensor.device() {
         Device::Cpu => Place::Host,
         Device::Cuda(ordinal) => Place::Device(ordinal),
@@ -210,7 +215,7 @@ pub fn region(tensor: &Tensor) -> Region {
     let owner = Box::new(tensor.shallow_clone());
     // SAFETY: the shallow clone shares the storage and keeps it alive; callers leave the tensor alone until the
     // operation has completed (the step waits before it reads or writes a bucket).
-    unsafe { Region::from_raw(tensor.data_ptr().cast(), tensor.numel(), Dtype::F32, place, owner) }
+    unsafe { Region::from_raw(tensor.data_ptr().cast(), tensor.numel(), dtype, place, owner) }
 }
 
 #[cfg(test)]

@@ -1,12 +1,14 @@
-//! What people see of a run: a JSON-lines log, events for the launcher, TensorBoard files.
+//! What people see of a run: a JSON-lines log, events for the launcher, TensorBoard files, a trace.
 
 mod device_rate;
 mod journal;
 mod run_files;
 mod tensorboard;
+mod trace;
 mod uploads;
 
 pub use device_rate::measured_gemm_rate;
 pub use journal::{Journal, LogSink};
 pub use run_files::{RunFiles, RunFilesError};
 pub use tensorboard::TensorBoard;
+pub use trace::{Trace, TraceArgs};

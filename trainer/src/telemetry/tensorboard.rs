@@ -116,6 +116,7 @@ fn scalars(event: &Event) -> (u64, Vec<(String, f64)>) {
             grad_norm,
             images_per_s,
             data_wait_share,
+            overlap,
             mfu,
             rows_read,
             ..
@@ -128,6 +129,7 @@ fn scalars(event: &Event) -> (u64, Vec<(String, f64)>) {
                 ("optimizer/grad_norm", Some(*grad_norm)),
                 ("throughput/images_per_s", Some(*images_per_s)),
                 ("throughput/data_wait_share", Some(*data_wait_share)),
+                ("throughput/overlap", *overlap),
                 ("throughput/mfu", *mfu),
                 ("progress/epoch", Some(*epoch as f64)),
             ];
