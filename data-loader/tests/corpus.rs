@@ -19,6 +19,9 @@ fn kept_parquet_files_do_no_harm() {
         "split_f32",
         "labels_dictionary",
         "moments_flipped",
+        "captions_binary",
+        "captions_columns",
+        "captions_several",
     ];
     replay::replay("parquet_bytes", &accepted, parquet_bytes::run);
 }

@@ -5,8 +5,8 @@ use rand::Rng;
 
 use super::*;
 use crate::draws::{Key, Purpose, fill_normal};
-use crate::testing::{Mode, faulty_dataset, samples, write};
-use crate::{Columns, Dtype, LaneSchedule, MixedSource, RowRun, ScheduleOptions, WriterOptions};
+use crate::testing::{Mode, captions, faulty_dataset, samples, write};
+use crate::{CaptionMeta, Columns, Dtype, LaneSchedule, MixedSource, RowRun, ScheduleOptions, WriterOptions};
 
 const OPTIONS: StreamOptions = StreamOptions {
     prefetch_bytes: 1 << 20,
@@ -384,6 +384,78 @@ fn the_way_of_reading_and_the_number_of_threads_change_no_bit() {
                     assert_eq!(take(dataset, 2..3, 7..25, options), some);
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn captions_are_those_of_their_rows_however_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |per_row, masked| CaptionMeta {
+        dim: 3,
+        most_tokens: Some(5),
+        per_row: Some(per_row),
+        dtype: Dtype::F16,
+        masked,
+    };
+    let metas = [of(2, true), of(1, false)];
+    let rows = [61usize, 40];
+    let open = |number: usize, zstd: bool| {
+        let path = folder.path().join(format!("{number}-{zstd}.parquet"));
+        let captions = Some(metas[number]);
+        let options =
+            WriterOptions { moments: false, captions, zstd, row_group_rows: 16, ..WriterOptions::new(vec![1, 2, 2]) };
+        write(&path, options.clone(), &samples(rows[number], &options));
+        let dataset = Arc::new(LatentDataset::open(path.to_str().unwrap(), &Columns::default()).unwrap());
+        assert_eq!(dataset.direct.is_none(), zstd);
+        StreamSource { dataset, scaling_factor: 1.0 }
+    };
+    let [direct, general] = [false, true].map(|zstd| vec![open(0, zstd), open(1, zstd)]);
+    let mixed = |source: &StreamSource| MixedSource {
+        weight: 0.5,
+        row_group_rows: source.dataset.row_groups().iter().map(|group| group.rows).collect(),
+    };
+    let options = ScheduleOptions { seed: 5, lanes: 4, micro_batch: 4, range_rows: 16, shuffle_window_rows: 10 };
+    let order = RowOrder::mixed(options, &direct.iter().map(mixed).collect::<Vec<_>>()).unwrap();
+    let take = |sources: &[StreamSource], lanes: Range<usize>, steps: Range<u64>, threads| {
+        let count = lanes.len() * (steps.end - steps.start) as usize;
+        let captions = Some(CaptionOptions { tokens: 4, weights: vec![0.75, 0.25] });
+        let options = StreamOptions { flip: Flip::Never, threads, captions, ..OPTIONS };
+        let mut stream =
+            MicroBatchStream::start(sources.to_vec(), order.clone(), lanes, steps.start, steps.end, options).unwrap();
+        let mut next = || {
+            let batch = stream.next().unwrap();
+            let said =
+                (batch.step, batch.lane, batch.sources.clone(), batch.rows.clone(), batch.captions.clone().unwrap());
+            stream.recycle(batch);
+            said
+        };
+        (0..count).map(|_| next()).collect::<Vec<_>>()
+    };
+    let expected = take(&direct, 0..4, 0..30, 1);
+    let mut chosen = [0; 2];
+    for (_, _, sources, rows, batch) in &expected {
+        assert_eq!((batch.tokens, batch.dim, batch.embeddings.len(), batch.mask.len()), (4, 3, 4 * 4 * 3, 4 * 4));
+        for (i, (&source, &row)) in sources.iter().zip(rows).enumerate() {
+            let found = (&batch.embeddings[i * 12..][..12], &batch.mask[i * 4..][..4]);
+            let stored = captions(row as usize, &metas[source as usize]);
+            let which = stored.iter().position(|(embeddings, mask)| {
+                let (mut embeddings, mut mask) = (embeddings.clone(), mask.clone());
+                embeddings.resize(12, 0.0);
+                mask.resize(4, false);
+                found == (&embeddings[..], &mask[..])
+            });
+            let which = which.unwrap_or_else(|| panic!("source {source} row {row}: {found:?}"));
+            chosen[which] += usize::from(source == 0);
+        }
+    }
+    // Of 240 rows.
+    assert!(chosen[1] > 30 && chosen[0] > 2 * chosen[1], "{chosen:?}");
+    for sources in [&direct, &general] {
+        for threads in [1, 3] {
+            assert_eq!(take(sources, 0..4, 0..30, threads), expected);
+            let some: Vec<_> = expected.iter().filter(|said| said.1 >= 2 && said.0 >= 7).cloned().collect();
+            assert_eq!(take(sources, 2..4, 7..30, threads), some);
         }
     }
 }

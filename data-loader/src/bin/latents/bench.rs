@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use data_loader::{Flip, MicroBatchStream, PlainMemory, ScheduleOptions, StreamOptions, StreamSource};
+use data_loader::{CaptionOptions, Flip, MicroBatchStream, PlainMemory, ScheduleOptions, StreamOptions, StreamSource};
 
 use crate::place::Place;
 
@@ -34,6 +34,9 @@ pub struct BenchArgs {
     /// Bound of the read-ahead (`data.prefetch_bytes`).
     #[arg(long, default_value_t = 64 << 20)]
     prefetch_bytes: usize,
+    /// Read captions, too, and pad or cut them to so many tokens (`data.caption_tokens`).
+    #[arg(long, value_name = "N")]
+    caption_tokens: Option<usize>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -54,7 +57,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         prefetch_bytes: args.prefetch_bytes,
         flip: Flip::Never,
         num_classes: None,
-        captions: None,
+        captions: args.caption_tokens.map(|tokens| CaptionOptions { tokens, weights: Vec::new() }),
         threads: usize::from(args.threads),
         allocator: &PlainMemory,
     };
@@ -65,7 +68,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let mut take = |samples: &mut usize, bytes: &mut usize| -> anyhow::Result<()> {
         let batch = stream.next()?;
         *samples += batch.rows.len();
-        *bytes += batch.x_start.bytes().len();
+        let captions = batch.captions.as_ref().map_or(0, |captions| size_of_val(&captions.embeddings[..]));
+        *bytes += batch.x_start.bytes().len() + captions;
         stream.recycle(batch);
         Ok(())
     };
@@ -88,7 +92,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     } else {
         println!("{name}: {} thread(s), micro-batches of {}, {seconds:.1} s", args.threads, args.micro_batch);
         println!("  samples/s  {samples_per_s:.0}");
-        println!("  MB/s       {:.1} (latents as they are handed over)", bytes_per_s / 1e6);
+        println!("  MB/s       {:.1} (latents and captions as they are handed over)", bytes_per_s / 1e6);
         match peak_rss {
             Some(bytes) => println!("  peak RSS   {:.1} MB", bytes as f64 / 1e6),
             None => println!("  peak RSS   not told by this system"),
