@@ -85,9 +85,7 @@ impl LatentDataset {
             return Ok(Vec::new());
         }
         let all = Piece { first_in_group: 0, rows: group.rows, to: 0 };
-        let fetched = AssertUnwindSafe(self.fetch(at, &[all], [column].into_iter())).catch_unwind().await;
-        let batches =
-            fetched.unwrap_or_else(|payload| Err(DataError::panicked(&self.files[group.file].file.name, &*payload)))?;
+        let batches = self.fetch(at, &[all], [column].into_iter()).await?;
         batches.iter().map(|batch| self.column(at, batch, column).cloned()).collect()
     }
 
@@ -123,15 +121,13 @@ impl LatentDataset {
         }
         let mut fetched = futures::stream::iter(&wanted)
             .map(|(&at, pieces)| async move {
-                let file = &self.files[self.row_groups()[at].file].file.name;
                 let (latents, ids) = (want != Want::Rest, want == Want::WithIds);
                 let names = self
                     .latent_names(at)
                     .filter(|_| latents)
                     .chain([self.columns().label.as_str()])
                     .chain(ids.then_some(self.columns().id.as_str()));
-                let batches = AssertUnwindSafe(self.fetch(at, pieces, names)).catch_unwind().await;
-                (at, pieces, batches.unwrap_or_else(|payload| Err(DataError::panicked(file, &*payload))))
+                (at, pieces, self.fetch(at, pieces, names).await)
             })
             .buffer_unordered(ROW_GROUPS_AT_ONCE);
         while let Some((at, pieces, batches)) = fetched.next().await {
@@ -193,11 +189,7 @@ impl LatentDataset {
     ) -> Result<(), DataError> {
         let (wanted, rows) = self.pieces(runs)?;
         let mut fetched = futures::stream::iter(&wanted)
-            .map(|(&at, pieces)| async move {
-                let file = &self.files[self.row_groups()[at].file].file.name;
-                let batches = AssertUnwindSafe(self.fetch(at, pieces, names.iter().copied())).catch_unwind().await;
-                (at, pieces, batches.unwrap_or_else(|payload| Err(DataError::panicked(file, &*payload))))
-            })
+            .map(|(&at, pieces)| async move { (at, pieces, self.fetch(at, pieces, names.iter().copied()).await) })
             .buffer_unordered(ROW_GROUPS_AT_ONCE);
         while let Some((at, pieces, batches)) = fetched.next().await {
             let mut first = 0;
@@ -212,8 +204,20 @@ impl LatentDataset {
         Ok(())
     }
 
-    /// Fetches and decodes pieces of one row group: those of the named columns that there are.
+    /// Fetches and decodes pieces of one row group: those of the named columns that there are. A panic of the parquet library, which
+    /// some damaged pages lead to, is an error.
     async fn fetch(
+        &self,
+        at: usize,
+        pieces: &[Piece],
+        names: impl Iterator<Item = &str>,
+    ) -> Result<Vec<RecordBatch>, DataError> {
+        let fetched = AssertUnwindSafe(self.decode(at, pieces, names)).catch_unwind().await;
+        let file = &self.files[self.row_groups()[at].file].file.name;
+        fetched.unwrap_or_else(|payload| Err(DataError::panicked(file, &*payload)))
+    }
+
+    async fn decode(
         &self,
         at: usize,
         pieces: &[Piece],
