@@ -22,7 +22,7 @@ MODES = [
     ("fast bf16", ["reduction=fast", "reduction_dtype=bf16"]),
 ]
 # Nothing but steps.
-QUIET = ["checkpoint.every_steps=0", "checkpoint.keep_best=0", "validation.every_steps=0", "sample.every_steps=0", "log.every_steps=1"]
+QUIET = ["checkpoint.every_steps=1000000", "checkpoint.keep_best=0", "validation.every_steps=0", "sample.every_steps=0", "log.every_steps=1"]
 QUIET += ["log.tensorboard=false", "optimizer.warmup_steps=0"]
 
 
