@@ -113,6 +113,17 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
                 &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)],
                 Device::Auto,
             ),
+            precision: r.choice(
+                "train.precision",
+                &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)],
+                Precision::default(),
+            ),
+            tf32: r.boolean("train.tf32", false),
+            activation_checkpointing: r.integer("train.activation_checkpointing", 0..=COUNT, 0) as usize,
+            sharding: Sharding::ALL[r.integer("train.sharding", 0..=3, 1) as usize],
+            sharding_ranks: r
+                .optional_integer("train.sharding_ranks", 1..=MAX_LANES as u64)
+                .map(|ranks| ranks as usize),
             freeze: r.text_list("train.freeze"),
         },
         init: finetune::read_init(r, base),
@@ -381,10 +392,27 @@ fn check(r: &mut Reader, c: &RunConfig) {
             format!("use {} or {above}{batches}, or reduction = \"fast\"", above / 2),
         );
     }
+    check_sharding(r, &c.train);
     optimizer::check(r, c);
     validation::check(r, c);
     fid::check(r, c);
     check_sampling(r, c);
+}
+
+fn check_sharding(r: &mut Reader, train: &TrainConfig) {
+    let Some(ranks) = train.sharding_ranks.filter(|_| r.sound(&["train.sharding", "train.sharding_ranks"])) else {
+        return;
+    };
+    if !ranks.is_power_of_two() {
+        let above = ranks.next_power_of_two();
+        r.refuse("train.sharding_ranks", "is not a power of two", format!("use {} or {above}", above / 2));
+    } else if train.sharding == Sharding::Nothing {
+        r.refuse(
+            "train.sharding_ranks",
+            "means nothing where every rank holds everything",
+            "remove it, or set train.sharding to 1, 2 or 3",
+        );
+    }
 }
 
 fn check_model(r: &mut Reader, model: &ModelConfig) {

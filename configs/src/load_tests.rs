@@ -45,6 +45,10 @@ fn what_is_left_out_takes_the_documented_default() {
     assert_eq!((config.optimizer.weight_decay, config.optimizer.warmup_steps), (0.0, 0));
     assert_eq!((config.ema.decay, config.diffusion.timesteps), (0.9999, 1000));
     assert_eq!((config.train.threads_per_rank, config.train.device), (1, Device::Auto));
+    let train = &config.train;
+    assert_eq!((train.precision, train.tf32), (Precision::Fp32, false));
+    assert!(["precision", "tf32"].iter().all(|key| config.to_json()["train"].get(key).is_none()));
+    assert_eq!((train.activation_checkpointing, train.sharding, train.sharding_ranks), (0, Sharding::Optimizer, None));
     assert_eq!((config.checkpoint.every_steps, config.checkpoint.keep_last), (1000, 3));
     assert_eq!(
         (config.sample.every_steps, config.sample.num, config.sample.steps, config.sample.cfg_scale),
@@ -159,6 +163,10 @@ fn wrong_types_and_ranges_are_refused() {
         ("model.preset=DiT-M/2", "not a known preset"),
         ("model.conditioning=film", "not one of the choices"),
         ("train.lanes=131072", "out of range"),
+        ("train.sharding=4", "out of range"),
+        ("train.precision=fp16", "not one of the choices"),
+        ("train.tf32=yes", "not true or false"),
+        ("train.sharding_ranks=6", "not a power of two"),
     ] {
         let mistakes = load(SMALL, &[given]).unwrap_err();
         assert!(mistakes[0].problem.contains(problem), "{given}: {mistakes:#?}");
@@ -174,6 +182,15 @@ fn fast_sums_take_any_number_of_lanes_and_bf16() {
     // Records of earlier versions have no such key.
     assert_eq!(load(SMALL, &["reduction=fast"]).unwrap().to_json().get("reduction_dtype"), None);
     assert!(mistake(&["train.lanes=12"]).advice.contains("or reduction = \"fast\""));
+}
+
+#[test]
+fn sharding_is_a_number_and_may_be_within_groups_of_ranks() {
+    let config = load(SMALL, &["train.sharding=3", "train.sharding_ranks=8"]).unwrap();
+    assert_eq!((config.train.sharding, config.train.sharding_ranks), (Sharding::Weights, Some(8)));
+    assert_eq!(config.to_json()["train"]["sharding"], 3);
+    let refused = mistake(&["train.sharding=0", "train.sharding_ranks=8"]);
+    assert!(refused.problem.contains("means nothing"), "{refused:?}");
 }
 
 #[test]

@@ -22,7 +22,7 @@ impl std::fmt::Display for KeyChange {
 /// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on, where
 /// it came from and what is reported, not what is computed. The preset is only a name for dimensions, which are compared
 /// themselves.
-const FREE: [&str; 18] = [
+const FREE: [&str; 21] = [
     "run.",
     "init",
     "init.",
@@ -34,6 +34,9 @@ const FREE: [&str; 18] = [
     "data.threads",
     "model.preset",
     "train.device",
+    "train.activation_checkpointing",
+    "train.sharding",
+    "train.sharding_ranks",
     "checkpoint.",
     "validation.",
     "fid.",
@@ -155,6 +158,14 @@ mod tests {
         assert_eq!(changed_experiment_keys(&config(), &with_validation), []);
         assert_eq!(changed_experiment_keys(&with_validation, &config()), []);
         assert_eq!(changed("/model/preset", json!(null)), [""; 0]);
+        for free in ["/train/activation_checkpointing", "/train/sharding", "/train/sharding_ranks"] {
+            let (section, key) = free[1..].split_once('/').unwrap_or_default();
+            let mut without = config();
+            without[section].as_object_mut().map(|section| section.remove(key));
+            let mut with = without.clone();
+            with[section][key] = json!(2);
+            assert_eq!(changed_experiment_keys(&without, &with), [], "{free}");
+        }
         assert_eq!(changed("/optimizer/lr", json!(0.00010000000000000002)), [""; 0]);
     }
 
@@ -181,6 +192,9 @@ mod tests {
         assert_eq!(changed("/model/num_classes", json!(10)), ["model.num_classes"]);
         // Neighbours that one and the same float would stand for.
         assert_eq!(changed("/seed", json!(9007199254740992u64)), ["seed"]);
+        let mut rounded = config();
+        rounded["train"]["precision"] = json!("bf16");
+        assert_eq!(changed_experiment_keys(&config(), &rounded)[0].key, "train.precision");
     }
 
     #[test]

@@ -488,6 +488,43 @@ pub struct EmaConfig {
     pub power: Vec<f64>,
 }
 
+/// `train.precision`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// float32.
+    #[default]
+    Fp32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// `train.sharding`: what is shared out among ranks, each level with all before it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(into = "u8")]
+pub enum Sharding {
+    /// `0`: nothing; every rank makes the whole update.
+    Nothing,
+    /// `1`: moments and moving averages.
+    #[default]
+    Optimizer,
+    /// `2`: sums of gradients.
+    Gradients,
+    /// `3`: weights; those of a segment are gathered for as long as it computes.
+    Weights,
+}
+
+impl Sharding {
+    /// In the order of their numbers.
+    pub const ALL: [Self; 4] = [Self::Nothing, Self::Optimizer, Self::Gradients, Self::Weights];
+}
+
+impl From<Sharding> for u8 {
+    fn from(level: Sharding) -> u8 {
+        level as u8
+    }
+}
+
 /// `train.device`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -513,6 +550,19 @@ pub struct TrainConfig {
     pub threads_per_rank: usize,
     /// Where a rank computes.
     pub device: Device,
+    /// What attention and MLPs compute in; weights, moments, averages and sums stay float32.
+    #[serde(skip_serializing_if = "is_default")]
+    pub precision: Precision,
+    /// GPUs may round the inputs of float32 products to TF32.
+    #[serde(skip_serializing_if = "is_default")]
+    pub tf32: bool,
+    /// Of every so many segments one keeps no activations and computes them anew in backward; 0 = none. The same bits.
+    pub activation_checkpointing: usize,
+    /// What is shared out among ranks. The same bits.
+    pub sharding: Sharding,
+    /// Consecutive ranks that together hold one copy of what is shared out, a power of two; `None`: all ranks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sharding_ranks: Option<usize>,
     /// Glob patterns over the names of parameters that are not trained; each matches at least one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub freeze: Vec<String>,

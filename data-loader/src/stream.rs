@@ -118,14 +118,14 @@ fn caption_bytes(tokens: usize, dim: usize) -> usize {
 struct Context {
     sources: Vec<StreamSource>,
     order: RowOrder,
-    lanes: Range<usize>,
+    lanes: Vec<usize>,
     steps: Range<u64>,
     options: StreamOptions,
     damage: Option<Arc<Damage>>,
     queue: Queue,
 }
 
-/// The micro-batches of a rank's lanes, in order of (step, lane).
+/// The micro-batches of a rank's lanes, step by step, in the order in which the lanes were given.
 ///
 /// Dropping it stops and joins the threads, also in the middle of a request.
 pub struct MicroBatchStream {
@@ -142,7 +142,7 @@ impl MicroBatchStream {
     pub fn start(
         sources: Vec<StreamSource>,
         order: impl Into<RowOrder>,
-        lanes: Range<usize>,
+        lanes: impl IntoIterator<Item = usize>,
         first_step: u64,
         end_step: u64,
         options: StreamOptions,
@@ -159,12 +159,13 @@ impl MicroBatchStream {
     pub fn start_skipping(
         sources: Vec<StreamSource>,
         order: impl Into<RowOrder>,
-        lanes: Range<usize>,
+        lanes: impl IntoIterator<Item = usize>,
         steps: Range<u64>,
         options: StreamOptions,
         damage: Option<Arc<Damage>>,
     ) -> Result<Self, DataError> {
         let order = order.into();
+        let lanes: Vec<usize> = lanes.into_iter().collect();
         check(&sources, &order, &lanes, &options)?;
         let names: Vec<&str> = sources.iter().map(|source| source.dataset.name()).collect();
         let name = names.join(", ");
@@ -250,7 +251,7 @@ fn work(context: &Context, planner: &Mutex<Planner>, stopped: watch::Receiver<bo
 fn check(
     sources: &[StreamSource],
     order: &RowOrder,
-    lanes: &Range<usize>,
+    lanes: &[usize],
     options: &StreamOptions,
 ) -> Result<(), DataError> {
     let Some(first) = sources.first().filter(|_| sources.len() == order.sources()) else {
@@ -296,7 +297,7 @@ fn check(
         if !scaling_factor.is_finite() || *scaling_factor <= 0.0 {
             return refuse(format!("the scaling factor is {scaling_factor}; expected a positive number"));
         }
-        if lanes.is_empty() || lanes.end > order.options().lanes {
+        if lanes.is_empty() || lanes.iter().any(|lane| *lane >= order.options().lanes) {
             return refuse(format!("lanes {lanes:?} were asked for; there are {}", order.options().lanes));
         }
     }

@@ -1,10 +1,10 @@
 //! What the bundles of DiT models share: dimensions, weights, diffusion.
 
 use crate::bundle::{Bundle, BundleError, Result, Spec};
-use configs::lanes::LaneBlock;
 use tch::{Device, Tensor};
 use trainer::diffusion::{Prediction, Respacing, Schedule, Tables};
 use trainer::engine::bucket::{Buckets, slice};
+use trainer::engine::mesh::Mesh;
 use trainer::model::dit::{Conditioning, Dit, DitConfig};
 use trainer::model::{Model, WeightSet};
 use trainer::sampling::Chain;
@@ -77,8 +77,9 @@ pub fn weights(bundle: &Bundle, model: &dyn Model) -> Result<WeightSet> {
 /// As [`weights`].
 pub fn buckets(bundle: &Bundle, model: &dyn Model, averages: usize) -> Result<Buckets> {
     weights(bundle, model)?;
-    let block = LaneBlock::of(0, 1, 1).map_err(|error| BundleError::Run(error.to_string()))?;
-    let buckets = Buckets::zeroed(model, 1, block, averages, Device::Cpu);
+    let mesh = Mesh::alone(1).map_err(|error| BundleError::Run(error.to_string()))?;
+    let buckets = Buckets::zeroed(model, &mesh, averages, Device::Cpu);
+    let buckets = buckets.map_err(|error| BundleError::Run(error.to_string()))?;
     let tensors = bundle.weights("weights/");
     tch::no_grad(|| {
         for bucket in &buckets.0 {

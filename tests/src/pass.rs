@@ -3,8 +3,8 @@
 use crate::bundle::{BundleError, Result};
 use tch::{Device, Kind, Tensor};
 use trainer::engine::bucket::{Buckets, view_of};
+use trainer::engine::gradients::flat;
 use trainer::engine::tape::Tape;
-use trainer::engine::tree::LaneSum;
 use trainer::ffi;
 use trainer::model::Model;
 
@@ -25,7 +25,7 @@ impl Pass<'_> {
     /// The forward pass.
     pub fn forward(&self) -> Tape {
         let [x_t, t, labels] = self.input;
-        let mut tape = Tape::new(self.model, self.model.input(x_t, t, labels));
+        let mut tape = Tape::new(self.model, self.model.input(x_t, t, labels), 0);
         for (segment, bucket) in self.model.segments().iter().zip(&self.buckets.0) {
             tape.forward(&**segment, &bucket.weights);
         }
@@ -43,14 +43,11 @@ impl Pass<'_> {
         let output_grad = ffi::grad_of_scalar(&loss(&output), &output).map_err(torch)?;
         let mut backward = tape.into_backward(output_grad);
         let mut gradients = Vec::new();
-        for bucket in self.buckets.0.iter().rev() {
-            let of_segment = backward.segment(&bucket.trainable).map_err(torch)?;
-            let mut sum = LaneSum::new(&bucket.layout, 1, Device::Cpu);
-            let Some(block) = sum.push(&bucket.layout, of_segment) else {
-                return Err(BundleError::Run("a sum over one lane was not complete after one lane".to_owned()));
-            };
+        for (segment, bucket) in self.model.segments().iter().zip(&self.buckets.0).rev() {
+            let of_segment = backward.segment(&**segment, &bucket.weights, &bucket.trainable).map_err(torch)?;
+            let flat = flat(&bucket.layout, of_segment, Device::Cpu);
             let trainable = bucket.layout.entries.iter().filter(|entry| entry.spec.trainable);
-            let gradient = |entry| view_of(&block, entry).to_kind(Kind::Float).copy();
+            let gradient = |entry| view_of(&flat, entry).to_kind(Kind::Float).copy();
             gradients.extend(trainable.map(|entry| (entry.name.clone(), gradient(entry))));
         }
         Ok(gradients)

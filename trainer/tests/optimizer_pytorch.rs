@@ -2,7 +2,6 @@
 //! Needs the project's `.venv`; without it the test says so and passes.
 #![allow(clippy::unwrap_used, clippy::explicit_write)]
 
-use configs::lanes::LaneBlock;
 use data_loader::draws::{Key, Purpose, fill_normal};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -11,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 use trainer::ema::Average;
 use trainer::engine::bucket::{Bucket, Buckets, slice, view_of};
 use trainer::engine::groups::ParamGroups;
+use trainer::engine::mesh::Mesh;
 use trainer::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use trainer::ffi::AdamW;
 use trainer::model::dit::Dit;
@@ -140,7 +140,7 @@ fn groups_clipping_schedule_and_ema_are_those_of_pytorch() {
     let (model, lanes) = (model(), 4);
     let mut optimizer = optimizer(&model);
     let buckets =
-        Buckets::initialise(&model, lanes, LaneBlock::of(0, 1, lanes).unwrap(), 1, 0, &Default::default(), Device::Cpu);
+        Buckets::initialise(&model, &Mesh::alone(lanes).unwrap(), 1, 0, &Default::default(), Device::Cpu).unwrap();
     write(folder, "initial", &trainable(&buckets, |_, bucket| bucket.params.shallow_clone()));
     let mut norms = Vec::new();
     for step in 1..=STEPS {

@@ -63,7 +63,7 @@ impl Context {
 impl Planner {
     pub fn new(context: Arc<Context>) -> Self {
         let windows = || (0..context.order.parts()).map(|_| VecDeque::new()).collect();
-        let windows = context.lanes.clone().map(|_| windows()).collect();
+        let windows = context.lanes.iter().map(|_| windows()).collect();
         let round = context.steps.start..context.steps.start;
         Self { context, memo: Memo::default(), picks: Vec::new(), windows, round, lane: 0 }
     }
@@ -88,7 +88,7 @@ impl Planner {
         } else {
             step < self.round.end
         } {
-            context.order.picks(&mut self.memo, step, context.lanes.start + self.lane, &mut self.picks);
+            context.order.picks(&mut self.memo, step, context.lanes[self.lane], &mut self.picks);
             if new_round && step > self.round.start && self.opens_window() {
                 break;
             }
@@ -109,7 +109,7 @@ impl Planner {
         if !context.queue.claim((steps.end - steps.start) as usize * self.bytes(&shape)) {
             return Ok(None);
         }
-        let lane = context.lanes.start + self.lane;
+        let lane = context.lanes[self.lane];
         job.batches = steps.map(|step| self.memory(step, lane, &shape)).collect::<Result<_, _>>()?;
         self.lane = (self.lane + 1) % lanes;
         Ok(Some(job))
@@ -132,7 +132,7 @@ impl Planner {
             }
             let found = windows.iter().find(|window| window.positions.contains(&pick.position));
             let window = found.cloned().unwrap_or_else(|| {
-                let lane = self.context.lanes.start + self.lane;
+                let lane = self.context.lanes[self.lane];
                 let rows = self.context.order.window(&mut self.memo, lane, pick);
                 let window = Arc::new(Window::new(&self.context.order, pick.part, rows));
                 windows.push_back(window.clone());

@@ -203,7 +203,7 @@ fn requests_that_cannot_be_met_are_refused_at_the_start() {
     };
     assert!(start(sources(&plain), 0..4, OPTIONS).contains("data.flip"));
     let options = StreamOptions { flip: Flip::Never, ..OPTIONS };
-    assert!(start(sources(&plain), 3..5, options.clone()).contains("lanes 3..5"));
+    assert!(start(sources(&plain), 3..5, options.clone()).contains("lanes [3, 4]"));
     let unscaled = StreamSource { dataset: plain.clone(), scaling_factor: f64::NAN };
     assert!(start(vec![unscaled], 0..4, options.clone()).contains("NaN"));
     assert!(start([sources(&plain), sources(&plain)].concat(), 0..4, options.clone()).contains("2 data sets"));

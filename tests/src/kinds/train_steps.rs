@@ -6,7 +6,6 @@ use crate::dit;
 use crate::report::Report;
 use crate::tolerance::Tolerance;
 use collective::single::SingleCollective;
-use configs::lanes::LaneBlock;
 use data_loader::MicroBatch;
 use data_loader::draws::Key;
 use std::collections::BTreeSet;
@@ -18,7 +17,6 @@ use trainer::ema::Average;
 use trainer::engine::bucket::{Bucket, Buckets, Entry, view_of};
 use trainer::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use trainer::engine::stepper::{Experiment, Stepper};
-use trainer::engine::wire::Summation;
 use trainer::ffi::AdamW;
 use trainer::model::dit::Dit;
 use trainer::model::{Flow, Model, Segment};
@@ -170,15 +168,16 @@ impl<'b> Recording<'b> {
             LrSchedule { lr, final_lr: lr, warmup_steps: 0, total_steps: u64::MAX, decay: LrDecay::Constant };
         let averages = averages.iter().map(|average| Average::main(average.decay)).collect();
         let optimizer = Optimizer::new(self.optimizer, schedule, averages);
-        let block = LaneBlock::of(0, 1, 1).map_err(|error| failed(&error))?;
+        let experiment = Experiment::alone(0, 1, Device::Cpu).map_err(|error| failed(&error))?;
         let mut stepper = Stepper::new(
             Arc::new(LabelsAsGiven(self.model.clone())),
             Box::new(Replaying(replay.clone())),
             buckets,
             optimizer,
             Arc::new(SingleCollective::new(Duration::from_secs(60))),
-            Experiment { seed: 0, lanes: 1, block, device: Device::Cpu, summation: Summation::Tree },
-        );
+            experiment,
+        )
+        .map_err(|error| failed(&error))?;
         let (mut loss, mut grad_norm) = (Vec::new(), Vec::new());
         for (index, batch) in self.batches.iter().enumerate() {
             let step = index as u64 + 1;

@@ -19,6 +19,7 @@ mod reduction;
 mod same_bits;
 mod sampling;
 mod servers;
+mod sharding;
 mod slurm;
 mod stopping;
 mod telemetry;

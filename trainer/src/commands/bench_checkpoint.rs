@@ -60,7 +60,7 @@ pub fn bench_checkpoint(args: &BenchCheckpointArgs) -> Result<()> {
 }
 
 fn stepper(model: Arc<dyn Model>) -> Result<Stepper> {
-    let mut stepper = bench_stepper(model)?;
+    let mut stepper = bench_stepper(model, 0)?;
     for bucket in &stepper.buckets.0 {
         let states = [&bucket.params, &bucket.exp_avg, &bucket.exp_avg_sq].into_iter().chain(&bucket.averages);
         tch::no_grad(|| states.for_each(|state| drop(state.shallow_clone().uniform_(-1.0, 1.0))));

@@ -5,13 +5,13 @@ use crate::ema::Average;
 use crate::engine::bucket::Buckets;
 use crate::engine::optimizer::{LrDecay, LrSchedule, Optimizer};
 use crate::engine::stepper::{Experiment, Stepper};
-use crate::engine::wire::Summation;
 use crate::ffi::{self, AdamW};
 use crate::model::Model;
 use crate::model::dit::{Dit, DitConfig};
+use crate::model::precision::in_precision;
 use anyhow::{Result, bail};
 use collective::single::SingleCollective;
-use configs::lanes::LaneBlock;
+use configs::Precision;
 use data_loader::MicroBatch;
 use data_loader::draws::{Key, Purpose, fill_normal};
 use std::sync::Arc;
@@ -40,6 +40,11 @@ pub struct BenchStepArgs {
     micro_batch: usize,
     #[arg(long, default_value_t = 1)]
     threads: usize,
+    #[arg(long, value_enum, default_value_t = Dtype::Fp32)]
+    dtype: Dtype,
+    /// Of every so many segments one computes its activations again in backward; 0 = none.
+    #[arg(long, default_value_t = 0)]
+    activation_checkpointing: usize,
     /// Timed steps.
     #[arg(long, default_value_t = 10)]
     steps: usize,
@@ -49,6 +54,14 @@ pub struct BenchStepArgs {
     /// End with one JSON line.
     #[arg(long)]
     json: bool,
+}
+
+/// What attention and MLPs compute in.
+#[derive(Clone, Copy, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Dtype {
+    Fp32,
+    Bf16,
 }
 
 /// Times steps and prints the median and the rate that it means.
@@ -61,14 +74,19 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
     }
     tch::set_num_threads(args.threads as i32);
     tch::set_num_interop_threads(1);
-    ffi::set_deterministic()?;
+    ffi::set_deterministic(false)?;
+    let precision = match args.dtype {
+        Dtype::Fp32 => Precision::Fp32,
+        Dtype::Bf16 => Precision::Bf16,
+    };
     let model: Arc<dyn Model> = Arc::new(Dit::new(DitConfig {
         input_size: args.input_size,
         in_channels: args.in_channels,
         num_classes: args.num_classes,
         ..dit_config(args.hidden_size, args.depth, args.num_heads, args.patch_size)
     })?);
-    let mut stepper = bench_stepper(model.clone())?;
+    let model = in_precision(model, precision);
+    let mut stepper = bench_stepper(model.clone(), args.activation_checkpointing)?;
     let numel = args.micro_batch * model.latent_shape().iter().product::<i64>() as usize;
     let mut step = 0;
     let mut make_step = || -> Result<f64> {
@@ -93,7 +111,7 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
     println!("median step {median_step_s:.4} s, {images_per_s:.1} images/s, {gflop_per_s:.1} GFLOP/s");
     if args.json {
         let line = serde_json::json!({
-            "impl": "ditharos", "dtype": "fp32", "threads": args.threads,
+            "impl": "ditharos", "dtype": args.dtype, "threads": args.threads,
             "images_per_s": images_per_s, "median_step_s": median_step_s,
         });
         println!("{line}");
@@ -102,9 +120,9 @@ pub fn bench_step(args: &BenchStepArgs) -> Result<()> {
 }
 
 /// The step of one rank with one lane, from first weights drawn with seed 0.
-pub(super) fn bench_stepper(model: Arc<dyn Model>) -> Result<Stepper> {
+pub(super) fn bench_stepper(model: Arc<dyn Model>, recompute_every: usize) -> Result<Stepper> {
     let (seed, lanes, device) = (0, 1, Device::Cpu);
-    let block = LaneBlock::of(0, 1, lanes)?;
+    let experiment = Experiment { recompute_every, ..Experiment::alone(seed, lanes, device)? };
     let betas = Schedule::Linear.betas(1000);
     let tables = Tables::new(&betas, &Respacing::All.kept(betas.len())?);
     let schedule = LrSchedule { lr: 1e-4, final_lr: 0.0, warmup_steps: 0, total_steps: 1, decay: LrDecay::Constant };
@@ -113,11 +131,11 @@ pub(super) fn bench_stepper(model: Arc<dyn Model>) -> Result<Stepper> {
     Ok(Stepper::new(
         model.clone(),
         Box::new(Gaussian::new(tables, Prediction::Eps, true)),
-        Buckets::initialise(&*model, lanes, block, averages.len(), seed, &Default::default(), device),
+        Buckets::initialise(&*model, &experiment.mesh, averages.len(), seed, &Default::default(), device)?,
         Optimizer::new(hyper, schedule, averages),
         Arc::new(SingleCollective::new(Duration::from_secs(600))),
-        Experiment { seed, lanes, block, device, summation: Summation::Tree },
-    ))
+        experiment,
+    )?)
 }
 
 /// A DiT as the official code trains it on 256×256 images of ImageNet.

@@ -14,7 +14,6 @@ use crate::engine::data::{Data, damage_policy, open_data, row_order, skip_budget
 use crate::engine::decisions::DecisionLog;
 use crate::engine::initial::{Initial, fresh};
 use crate::engine::stepper::Experiment;
-use crate::engine::wire::Summation;
 use crate::interop::safetensors::{write, write_weights};
 use crate::interop::values::{Dtype, TensorSpec, encode, to_vec};
 use crate::interop::{NamedWeights, pinned};
@@ -22,7 +21,6 @@ use crate::model::Model;
 use crate::recipe::Recipe;
 use anyhow::{Context, Result, bail};
 use configs::RunConfig;
-use configs::lanes::LaneBlock;
 use data_loader::MicroBatchStream;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -64,14 +62,7 @@ pub fn draws(args: &DrawsArgs) -> Result<()> {
     }
     let (sources, recipe) = open_data(&config)?;
     let model = recipe.build_model()?;
-    let block = LaneBlock::of(0, 1, config.train.lanes)?;
-    let experiment = Experiment {
-        seed: config.seed,
-        lanes: config.train.lanes,
-        block,
-        device: Device::Cpu,
-        summation: Summation::Tree,
-    };
+    let experiment = Experiment::alone(config.seed, config.train.lanes, Device::Cpu)?;
     let order = row_order(&config, &sources)?;
     let num_classes = recipe.model.num_classes as usize;
     let data = Data { sources, order, num_classes, experiment };
@@ -119,7 +110,7 @@ impl Drawer {
     fn write(&mut self, steps: u64, path: &Path) -> Result<()> {
         let (mut x_start, mut noise, mut labels, mut t) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut t_dtype = Dtype::I64;
-        for _ in 0..steps * self.experiment.lanes as u64 {
+        for _ in 0..steps * self.experiment.mesh.lanes as u64 {
             let batch = self.batches.next()?;
             let (clean, of_batch) = self.experiment.input(&*self.model, &batch);
             let noised = self.objective.noise(clean, self.experiment.seed, batch.step, batch.lane);

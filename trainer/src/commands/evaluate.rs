@@ -117,7 +117,7 @@ impl Prepared {
             tch::set_num_threads(threads);
             tch::set_num_interop_threads(1);
         }
-        ffi::set_deterministic()?;
+        ffi::set_deterministic(false)?;
         let device = args.device.device(collective.local_rank())?;
         let fit = Fit { image_size: args.image_size.map(|size| size as usize), pad: args.pad };
         let samples = args.samples.as_ref().map(|samples| ImageSet::open(samples, fit)).transpose();

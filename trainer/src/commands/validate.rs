@@ -106,7 +106,7 @@ impl Prepared {
         let recorded_threads = record["train"]["threads_per_rank"].as_i64().map(|threads| threads as i32);
         tch::set_num_threads(args.threads.or(recorded_threads).unwrap_or(1).max(1));
         tch::set_num_interop_threads(1);
-        ffi::set_deterministic()?;
+        ffi::set_deterministic(record["train"]["tf32"].as_bool().unwrap_or(false))?;
         let device = args.device.device(collective.local_rank())?;
         let config = args.validation(run, reader.manifest())?;
         let columns = serde_json::from_value::<Columns>(record["data"]["columns"].clone()).unwrap_or_default();

@@ -1,5 +1,7 @@
 //! Flat buffers: one bucket a segment, cut into shards that do not depend on who owns them.
 
+use super::mesh::Mesh;
+use crate::ffi::{self, TorchError};
 use crate::model::{Init, Model, ParamSpec, Segment, Weights, initial_values};
 use configs::lanes::LaneBlock;
 use std::collections::HashMap;
@@ -56,7 +58,7 @@ impl BucketLayout {
         Self { entries, numel, finest_numel: numel / lanes }
     }
 
-    /// The elements that the owner of a block of lanes owns.
+    /// The elements of a block of finest shards.
     pub fn shard(&self, block: LaneBlock) -> Range<usize> {
         block.first * self.finest_numel..(block.first + block.len) * self.finest_numel
     }
@@ -94,11 +96,16 @@ impl BucketLayout {
 pub struct Bucket {
     /// Where things lie.
     pub layout: BucketLayout,
-    /// The elements that this rank owns.
+    /// The elements that this rank holds the state of.
     pub shard: Range<usize>,
-    /// All weights, `[numel]` float32.
+    /// Those of them that it answers for.
+    pub own: Range<usize>,
+    /// All weights, `[numel]` float32. Where weights are shared out there is memory behind them only between
+    /// [`Bucket::make_room`] and [`Bucket::free_room`].
     pub params: Tensor,
-    /// Of the owned elements: AdamW's first moment, `[shard]`.
+    /// The weights of the held elements, `[shard]`: a view of `params`, or memory of their own where weights are shared out.
+    pub held: Tensor,
+    /// Of the held elements: AdamW's first moment, `[shard]`.
     pub exp_avg: Tensor,
     /// AdamW's second moment, `[shard]`.
     pub exp_avg_sq: Tensor,
@@ -111,7 +118,9 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    fn new(segment: &dyn Segment, layout: BucketLayout, shard: Range<usize>, averages: usize, device: Device) -> Self {
+    fn new(segment: &dyn Segment, mesh: &Mesh, averages: usize, device: Device) -> Self {
+        let layout = BucketLayout::new(segment, mesh.lanes);
+        let (shard, own) = (layout.shard(mesh.held()), layout.shard(mesh.own()));
         let zeros = |numel: usize| Tensor::zeros([numel as i64], (Kind::Float, device));
         let params = zeros(layout.numel);
         let view = |entry: &Entry| view_of(&params, entry).set_requires_grad(entry.spec.trainable);
@@ -124,21 +133,38 @@ impl Bucket {
             exp_avg: zeros(shard.len()),
             exp_avg_sq: zeros(shard.len()),
             averages: (0..averages).map(|_| zeros(shard.len())).collect(),
+            held: if mesh.shares_out_weights() { zeros(shard.len()) } else { slice(&params, &shard) },
             params,
             shard,
+            own,
             layout,
         }
     }
 
-    /// This rank's shard of the weights, a view.
-    pub fn params_shard(&self) -> Tensor {
-        slice(&self.params, &self.shard)
-    }
-
     /// Starts every average as a copy of the weights.
     pub fn copy_to_averages(&self) {
-        let weights = self.params_shard();
-        tch::no_grad(|| self.averages.iter().for_each(|average| average.shallow_clone().copy_(&weights)));
+        tch::no_grad(|| self.averages.iter().for_each(|average| average.shallow_clone().copy_(&self.held)));
+    }
+
+    /// Of the held elements those that this rank answers for.
+    pub fn own_in_shard(&self) -> Range<usize> {
+        self.own.start - self.shard.start..self.own.end - self.shard.start
+    }
+
+    /// Gives `params` memory, whose values are undefined.
+    ///
+    /// # Errors
+    /// No memory.
+    pub(super) fn make_room(&self) -> Result<(), TorchError> {
+        ffi::allocate_storage(&self.params)
+    }
+
+    /// Takes the memory of `params` away. Graphs that refer to it need it again before they are run backwards.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub(super) fn free_room(&self) -> Result<(), TorchError> {
+        ffi::free_storage(&self.params)
     }
 }
 
@@ -158,18 +184,20 @@ pub struct Buckets(pub Vec<Bucket>);
 impl Buckets {
     /// The `given` weights, by full name and in the parameter's shape, and freshly initialised ones for the rest; the
     /// averages are copies of them (DiT), the moments are zero.
+    ///
+    /// # Errors
+    /// What libtorch reports.
     pub fn initialise(
         model: &dyn Model,
-        lanes: usize,
-        block: LaneBlock,
+        mesh: &Mesh,
         averages: usize,
         seed: u64,
         given: &HashMap<String, Tensor>,
         device: Device,
-    ) -> Self {
-        let buckets = Self::zeroed(model, lanes, block, averages, device);
-        tch::no_grad(|| {
-            for bucket in &buckets.0 {
+    ) -> Result<Self, TorchError> {
+        let bucket = |segment: &dyn Segment| {
+            let bucket = Bucket::new(segment, mesh, averages, device);
+            tch::no_grad(|| {
                 for entry in &bucket.layout.entries {
                     let mut target = slice(&bucket.params, &entry.range());
                     if let Some(given) = given.get(&entry.name) {
@@ -179,20 +207,30 @@ impl Buckets {
                         target.copy_(&Tensor::from_slice(&values));
                     }
                 }
+                if mesh.shares_out_weights() {
+                    bucket.held.shallow_clone().copy_(&slice(&bucket.params, &bucket.shard));
+                    bucket.free_room()?;
+                }
                 bucket.copy_to_averages();
-            }
-        });
-        buckets
+                Ok(bucket)
+            })
+        };
+        model.segments().iter().map(|segment| bucket(&**segment)).collect::<Result<_, _>>().map(Self)
     }
 
     /// Everything zero, with room for that many averages, to be filled from a checkpoint.
-    pub fn zeroed(model: &dyn Model, lanes: usize, block: LaneBlock, averages: usize, device: Device) -> Self {
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn zeroed(model: &dyn Model, mesh: &Mesh, averages: usize, device: Device) -> Result<Self, TorchError> {
         let bucket = |segment: &dyn Segment| {
-            let layout = BucketLayout::new(segment, lanes);
-            let shard = layout.shard(block);
-            Bucket::new(segment, layout, shard, averages, device)
+            let bucket = Bucket::new(segment, mesh, averages, device);
+            if mesh.shares_out_weights() {
+                bucket.free_room()?;
+            }
+            Ok(bucket)
         };
-        Self(model.segments().iter().map(|segment| bucket(&**segment)).collect())
+        model.segments().iter().map(|segment| bucket(&**segment)).collect::<Result<_, _>>().map(Self)
     }
 
     /// Elements of all buckets, padding included.

@@ -101,7 +101,7 @@ impl Data {
             captions: caption_options(config),
             allocator: batch_memory(self.experiment.device),
         };
-        let (sources, order, lanes) = (self.sources.clone(), self.order.clone(), self.experiment.block.range());
+        let (sources, order, lanes) = (self.sources.clone(), self.order.clone(), self.experiment.mesh.lanes_of_rank());
         let steps = done..config.train.steps;
         Ok(MicroBatchStream::start_skipping(sources, order, lanes, steps, options, damage)?)
     }

@@ -1,4 +1,4 @@
-//! Clipping, AdamW and the moving averages, on this rank's shard of every bucket.
+//! Clipping, AdamW and the moving averages, on what this rank holds of every bucket.
 
 use super::bucket::{Bucket, Entry, slice};
 use super::groups::ParamGroups;
@@ -105,8 +105,8 @@ impl Optimizer {
         })
     }
 
-    /// Makes one update: clips, then updates weights, moments and averages of this rank's shards. `grads` holds the mean
-    /// gradient of each bucket's shard (scaled in place where it is clipped), `grad_norm` the norm over all buckets of
+    /// Makes one update: clips, then updates weights, moments and averages of what this rank holds. `grads` has the mean
+    /// gradient of each bucket's held part (scaled in place where it is clipped), `grad_norm` the norm over all buckets of
     /// all ranks; `step` counts from 1. Every span is updated on its own, so that the arithmetic is the same for every
     /// world size. The averages run over frozen parameters too, as the official code's does.
     ///
@@ -133,7 +133,7 @@ impl Optimizer {
             let group_of = |entry: &Entry| self.groups.of(&entry.name);
             for (group, span) in bucket.layout.trainable_spans(bucket.shard.clone(), group_of) {
                 spans_by_group[group].push(AdamWSpan {
-                    param: slice(&bucket.params, &span),
+                    param: slice(&bucket.held, &in_shard(&span)),
                     grad: slice(grad, &in_shard(&span)),
                     exp_avg: slice(&bucket.exp_avg, &in_shard(&span)),
                     exp_avg_sq: slice(&bucket.exp_avg_sq, &in_shard(&span)),
@@ -142,7 +142,7 @@ impl Optimizer {
             let finest = bucket.layout.finest_numel;
             for first in bucket.shard.clone().step_by(finest) {
                 let span = first..first + finest;
-                weights.push(slice(&bucket.params, &span));
+                weights.push(slice(&bucket.held, &in_shard(&span)));
                 for (slices, average) in averages.iter_mut().zip(&bucket.averages) {
                     slices.push(slice(average, &in_shard(&span)));
                 }
@@ -176,8 +176,10 @@ impl Optimizer {
 mod tests {
     use super::*;
     use crate::engine::bucket::Buckets;
+    use crate::engine::mesh::Mesh;
     use crate::model::testing::tiny_dit;
-    use configs::lanes::{LaneBlock, allowed_world_sizes};
+    use configs::Sharding;
+    use configs::lanes::allowed_world_sizes;
     use tch::{Device, Kind};
 
     #[test]
@@ -214,9 +216,9 @@ mod tests {
         let (model, lanes) = (tiny_dit(), 4);
         let mut parts: Vec<Vec<Vec<Tensor>>> = Vec::new();
         for rank in 0..world_size {
-            let block = LaneBlock::of(rank, world_size, lanes).unwrap();
+            let mesh = Mesh::of(rank, world_size, lanes, Sharding::Optimizer, None).unwrap();
             let mut optimizer = optimizer(&model);
-            let buckets = Buckets::initialise(&model, lanes, block, 4, 1, &Default::default(), Device::Cpu);
+            let buckets = Buckets::initialise(&model, &mesh, 4, 1, &Default::default(), Device::Cpu).unwrap();
             for step in 1..=3 {
                 let grad = |bucket: &Bucket| {
                     let whole = Tensor::arange(bucket.layout.numel as i64, (Kind::Float, Device::Cpu));
@@ -228,7 +230,7 @@ mod tests {
             assert_eq!(optimizer.updates, 3);
             let of_bucket = |bucket: &Bucket| {
                 let moments =
-                    [bucket.params_shard(), bucket.exp_avg.shallow_clone(), bucket.exp_avg_sq.shallow_clone()];
+                    [bucket.held.shallow_clone(), bucket.exp_avg.shallow_clone(), bucket.exp_avg_sq.shallow_clone()];
                 moments.into_iter().chain(bucket.averages.iter().map(Tensor::shallow_clone)).collect()
             };
             parts.push(buckets.0.iter().map(of_bucket).collect());

@@ -10,6 +10,7 @@ use super::drawer::Drawer;
 use super::due::Timetable;
 use super::fid::Fid;
 use super::grid::SampleGrid;
+use super::mesh::Mesh;
 use super::optimizer::Optimizer;
 use super::requests::Requests;
 use super::saver::{SaveOptions, Saver};
@@ -19,6 +20,7 @@ use super::stop::{Grace, StopFlag};
 use super::validation::Validation;
 use super::wire::Summation;
 use crate::ffi;
+use crate::model::precision::in_precision;
 use crate::recipe::Recipe;
 use crate::telemetry::{Journal, Trace};
 use crate::validation::metric;
@@ -26,7 +28,6 @@ use anyhow::{Context, Result};
 use checkpoint::{AttemptInfo, Retention, RunStore, StoreOptions};
 use collective::Collective;
 use configs::RunConfig;
-use configs::lanes::LaneBlock;
 use data_loader::{Damage, MicroBatchStream, StreamSource};
 use serde_json::Value;
 use std::sync::Arc;
@@ -82,7 +83,7 @@ struct Prepared {
     recipe: Recipe,
     device: Device,
     sources: Vec<StreamSource>,
-    block: LaneBlock,
+    mesh: Mesh,
     store: RunStore,
 }
 
@@ -96,7 +97,7 @@ impl Rank {
         let stop = StopFlag::install().context("installing signal handlers")?;
         let grace = limit_stop(&config, &stop, &collective)?;
         let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
-        let Prepared { recipe, device, sources, block, store } = prepared;
+        let Prepared { recipe, device, sources, mesh, store } = prepared;
         let collective = connect(collective, device)?;
         let mut record = recipe.record(&config);
         compare_records(&*collective, &record)?;
@@ -113,9 +114,8 @@ impl Rank {
         if let Some(fid) = Fid::from_config(&config, drawer.as_ref(), device, &*collective)? {
             between.push(Box::new(fid));
         }
-        let lanes = config.train.lanes;
         let averages = optimizer.averages.len();
-        let zeroed = || Buckets::zeroed(&*model, lanes, block, averages, device);
+        let zeroed = || Buckets::zeroed(&*model, &mesh, averages, device);
         let resumed = resume(&config, &record, &store, &*collective, &optimizer.averages, zeroed)?;
         let (manifest, buckets) = resumed.unzip();
         let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
@@ -133,15 +133,17 @@ impl Rank {
         if let Some(manifest) = &manifest {
             optimizer.updates = manifest.optimizer_step;
         }
-        let fresh = || Buckets::initialise(&*model, lanes, block, averages, config.seed, &initial.tensors, device);
-        let buckets = buckets.unwrap_or_else(fresh);
+        let fresh = || Buckets::initialise(&*model, &mesh, averages, config.seed, &initial.tensors, device);
+        let buckets = buckets.map_or_else(fresh, Ok)?;
         drop(initial);
+        let recompute_every = config.train.activation_checkpointing;
         let experiment =
-            Experiment { seed: config.seed, lanes, block, device, summation: Summation::of_config(&config) };
+            Experiment { seed: config.seed, mesh, device, summation: Summation::of_config(&config), recompute_every };
         let objective = recipe.build_objective();
-        let mut stepper = Stepper::new(model, objective, buckets, optimizer, collective.clone(), experiment);
+        let model = in_precision(model, config.train.precision);
+        let mut stepper = Stepper::new(model, objective, buckets, optimizer, collective.clone(), experiment)?;
         if manifest.is_some() {
-            stepper.gather_weights()?;
+            stepper.publish_weights()?;
         }
 
         let done = resumed_from.unwrap_or(0);
@@ -191,11 +193,12 @@ impl Rank {
 
 impl Prepared {
     fn new(config: &RunConfig, collective: &dyn Collective) -> Result<Self> {
-        let (rank, world_size) = (collective.rank(), collective.world_size());
-        let block = LaneBlock::under(config.reduction, rank, world_size, config.train.lanes)?;
+        let (train, [rank, world_size]) = (&config.train, [collective.rank(), collective.world_size()]);
+        let group = train.sharding_ranks;
+        let mesh = Mesh::under(config.reduction, rank, world_size, train.lanes, train.sharding, group)?;
         tch::set_num_threads(config.train.threads_per_rank as i32);
         tch::set_num_interop_threads(1);
-        ffi::set_deterministic()?;
+        ffi::set_deterministic(config.train.tf32)?;
         let device = choose_device(config.train.device, collective)?;
         let (sources, recipe) = open_data(config)?;
         for warning in warnings(config, &sources).iter().filter(|_| collective.rank() == 0) {
@@ -204,7 +207,7 @@ impl Prepared {
         let upload_timeout = Duration::from_secs(config.checkpoint.upload_timeout_s);
         let options = StoreOptions { upload_timeout, ..StoreOptions::default() };
         let store = RunStore::open_with(&config.run.url, options).context("`run.url`")?;
-        Ok(Self { recipe, device, sources, block, store })
+        Ok(Self { recipe, device, sources, mesh, store })
     }
 }
 

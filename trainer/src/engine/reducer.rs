@@ -1,98 +1,182 @@
-//! Turns each rank's block sums into this rank's shard of the mean gradient, one bucket at a time, while the next
-//! segment computes.
+//! Sums over ranks along the tree, one bucket at a time, while other segments compute: first in the group, each rank its part,
+//! then of this part among its peers in other groups.
 
-use super::bucket::Bucket;
+use super::bucket::{Bucket, slice};
+use super::ranks::Ranks;
 use super::tree::sum_blocks;
-use super::wire::{Summation, WireClock};
+use super::wire::Summation;
 use crate::ffi::region;
 use collective::{Collective, CollectiveError, Pending, ReduceOp};
-use tch::{Kind, Tensor};
+use std::sync::Arc;
+use tch::{Device, Kind, Tensor};
+
+/// Equal nodes of the tree, one a rank, on their way to be summed: part r of every rank's node goes to rank r.
+pub struct Exchange {
+    /// What comes in; with one rank the node itself.
+    received: Tensor,
+    pending: Option<Pending>,
+    /// Of how many nodes `received` consists.
+    nodes: usize,
+}
+
+/// Room for what comes in when `numel` elements are exchanged among `count` ranks.
+pub fn room(ranks: &Ranks, numel: usize, count: usize, device: Device) -> Tensor {
+    let (numel, kind) = match ranks.summation {
+        _ if count == 1 => (0, Kind::Float),
+        Summation::Tree => (numel, Kind::Float),
+        Summation::Backend(kind) => (numel / count, kind),
+    };
+    Tensor::zeros([numel as i64], (kind, device))
+}
+
+impl Exchange {
+    /// Sends this rank's `node`, into [`room`] that the others have for it; returns at once.
+    ///
+    /// # Errors
+    /// See [`Collective::start`].
+    pub fn start(
+        among: &dyn Collective,
+        summation: Summation,
+        node: Tensor,
+        received: Tensor,
+    ) -> Result<Self, CollectiveError> {
+        let nodes = among.world_size();
+        let (pending, nodes) = match summation {
+            _ if nodes == 1 => return Ok(Self { received: node, pending: None, nodes }),
+            Summation::Tree => (among.all_to_all(region(&node), region(&received))?, nodes),
+            Summation::Backend(kind) => {
+                let (send, recv) = (region(&node.to_kind(kind)), region(&received));
+                (among.reduce_scatter(send, Some(recv), ReduceOp::Sum)?, 1)
+            }
+        };
+        Ok(Self { received, pending: Some(pending), nodes })
+    }
+
+    /// Waits, and sums: this rank's part of the node above, of bucket `index`.
+    ///
+    /// # Errors
+    /// See [`Pending::wait`].
+    pub fn finish(self, ranks: &Ranks, index: usize) -> Result<Tensor, CollectiveError> {
+        ranks.finish(self.pending, "reduce", index)?;
+        Ok(sum_blocks(&self.received.to_kind(Kind::Float), self.nodes))
+    }
+}
 
 /// The reduction of one step's gradients over the ranks.
 pub struct Reducer {
-    lanes: usize,
-    summation: Summation,
+    pub(super) ranks: Arc<Ranks>,
     slots: Vec<Slot>,
+    /// The bucket whose sum in the group is waited for when the next one is handed over.
+    in_group: Option<usize>,
 }
 
 struct Slot {
-    /// For this rank's shard: the block sums of all ranks, [world_size · shard], or where the backend adds them their sum,
-    /// `[shard]`. Empty at world size 1.
-    received: Tensor,
+    /// What comes in from the group, [bucket], and from peers, [held part]; empty where nobody sends.
+    received: [Tensor; 2],
+    /// Elements of the held part that this rank answers for.
+    own: std::ops::Range<usize>,
     state: State,
 }
 
 enum State {
     Idle,
-    /// On the wire; the block sum is kept until the exchange is over.
-    Exchanging(Pending),
-    /// World size 1: the block is the whole tree.
-    Local(Tensor),
+    InGroup(Exchange),
+    /// With the group's sum, whose memory takes the result.
+    AmongPeers(Exchange, Tensor),
 }
 
 impl Reducer {
     /// For these buckets.
-    pub fn new(buckets: &[Bucket], lanes: usize, world_size: usize, summation: Summation) -> Self {
+    pub fn new(buckets: &[Bucket], ranks: Arc<Ranks>) -> Self {
+        let mesh = ranks.mesh;
         let slot = |bucket: &Bucket| {
-            let (numel, kind) = match summation {
-                _ if world_size == 1 => (0, Kind::Float),
-                Summation::Tree => (bucket.layout.numel, Kind::Float),
-                Summation::Backend(kind) => (bucket.layout.numel / world_size, kind),
-            };
-            let received = Tensor::zeros([numel as i64], (kind, bucket.params.device()));
-            Slot { received, state: State::Idle }
+            let shards = if mesh.deals_in_turn() { 1 } else { mesh.shards };
+            let from_group = room(&ranks, bucket.layout.numel, shards, bucket.held.device());
+            let from_peers = room(&ranks, bucket.shard.len(), mesh.replicas, bucket.held.device());
+            Slot { received: [from_group, from_peers], own: bucket.own_in_shard(), state: State::Idle }
         };
-        Self { lanes, summation, slots: buckets.iter().map(slot).collect() }
+        Self { slots: buckets.iter().map(slot).collect(), ranks, in_group: None }
     }
 
-    /// Hands over the finished block sum of bucket `index`; returns at once. All ranks call it for the same buckets in
-    /// the same order.
+    /// Hands over this rank's sum of bucket `index`, a node of the tree; returns without waiting for it. All ranks call it
+    /// for the same buckets in the same order.
     ///
     /// # Errors
-    /// See [`Collective::start`].
-    pub fn start(&mut self, collective: &dyn Collective, index: usize, block: Tensor) -> Result<(), CollectiveError> {
+    /// What the collective reports.
+    pub fn start(&mut self, index: usize, node: Tensor) -> Result<(), CollectiveError> {
         let slot = &mut self.slots[index];
-        slot.state = match self.summation {
-            _ if collective.world_size() == 1 => State::Local(block),
-            Summation::Tree => State::Exchanging(collective.all_to_all(region(&block), region(&slot.received))?),
-            Summation::Backend(kind) => {
-                let (send, recv) = (region(&block.to_kind(kind)), region(&slot.received));
-                State::Exchanging(collective.reduce_scatter(send, Some(recv), ReduceOp::Sum)?)
-            }
-        };
+        let received = slot.received[0].shallow_clone();
+        let exchange = Exchange::start(self.ranks.group(), self.ranks.summation, node, received)?;
+        slot.state = State::InGroup(exchange);
+        let before = self.in_group.replace(index);
+        match (self.ranks.mesh.shards, self.ranks.mesh.replicas) {
+            // With no other group there is nothing to start.
+            (_, 1) => Ok(()),
+            // And with no other rank in this one nothing to wait for.
+            (1, _) => self.climb(Some(index)),
+            _ => self.climb(before),
+        }
+    }
+
+    /// Hands over the held part of the group's sum of bucket `index`.
+    ///
+    /// # Errors
+    /// What the collective reports.
+    pub fn start_among_peers(&mut self, index: usize, sum: Tensor) -> Result<(), CollectiveError> {
+        let slot = &mut self.slots[index];
+        let received = slot.received[1].shallow_clone();
+        let exchange = Exchange::start(self.ranks.peers(), self.ranks.summation, sum.shallow_clone(), received)?;
+        slot.state = State::AmongPeers(exchange, sum);
         Ok(())
     }
 
-    /// Waits for all buckets and finishes the sums: the mean gradient of this rank's shard of every bucket. Valid
-    /// until the next step.
+    /// Waits for the group's sum of a bucket and hands it over to the peers.
+    fn climb(&mut self, index: Option<usize>) -> Result<(), CollectiveError> {
+        let Some(index) = index else { return Ok(()) };
+        match std::mem::replace(&mut self.slots[index].state, State::Idle) {
+            State::InGroup(exchange) => {
+                let sum = exchange.finish(&self.ranks, index)?;
+                self.start_among_peers(index, sum)
+            }
+            other => {
+                self.slots[index].state = other;
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits for all buckets and finishes the tree: the mean gradient of the held part of every bucket. Valid until the next
+    /// step.
     ///
     /// # Errors
-    /// See [`Pending::wait`].
-    pub fn finish(
-        &mut self,
-        collective: &dyn Collective,
-        clock: &mut WireClock,
-    ) -> Result<Vec<Tensor>, CollectiveError> {
-        let (scale, summation) = (1.0 / self.lanes as f64, self.summation);
-        let finish = |(index, slot): (usize, &mut Slot)| {
-            let mut root = match std::mem::replace(&mut slot.state, State::Idle) {
-                State::Exchanging(pending) => {
-                    clock.wait(pending, collective.deadline(), "reduce", index)?;
-                    match summation {
-                        Summation::Tree => sum_blocks(&slot.received, collective.world_size()),
-                        Summation::Backend(_) => slot.received.to_kind(Kind::Float),
-                    }
-                }
-                State::Local(block) => block,
-                State::Idle => {
-                    let (rank, op) = (collective.rank(), "reduce");
-                    let reason = "a bucket was never handed to the reducer".to_owned();
-                    return Err(CollectiveError::Backend { rank, op, reason });
-                }
+    /// What the collective reports.
+    pub fn finish(&mut self) -> Result<Vec<Tensor>, CollectiveError> {
+        self.in_group = None;
+        let mut gathers = Vec::with_capacity(self.slots.len());
+        let mut means = Vec::with_capacity(self.slots.len());
+        // In the order of the backward pass, which is that of the wire.
+        for index in (0..self.slots.len()).rev() {
+            self.climb(Some(index))?;
+        }
+        let scale = 1.0 / self.ranks.mesh.lanes as f64;
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            let State::AmongPeers(exchange, sum) = std::mem::replace(&mut slot.state, State::Idle) else {
+                let (rank, op) = (self.ranks.all.rank(), "reduce");
+                let reason = "a bucket was never handed to the reducer".to_owned();
+                return Err(CollectiveError::Backend { rank, op, reason });
             };
+            let mut root = exchange.finish(&self.ranks, index)?;
             root *= scale;
-            Ok(root)
-        };
-        self.slots.iter_mut().enumerate().map(finish).collect()
+            if self.ranks.mesh.replicas == 1 {
+                means.push(root);
+                continue;
+            }
+            slice(&sum, &slot.own).copy_(&root);
+            gathers.push(self.ranks.peers().all_gather(None, region(&sum))?);
+            means.push(sum);
+        }
+        let mut gathers = gathers.into_iter().enumerate();
+        gathers.try_for_each(|(index, gather)| self.ranks.finish(Some(gather), "reduce", index))?;
+        Ok(means)
     }
 }

@@ -81,7 +81,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
             return Ok(Outcome::Stopped);
         }
     }
-    rank.stepper.wait_for_all_weights()?;
+    rank.stepper.settle_weights()?;
     rank.finish_saving()?;
     if let Some(trace) = rank.trace.take() {
         trace.write(&*rank.collective)?;
@@ -128,7 +128,7 @@ impl Rank {
             self.timetable.restart(false);
             return self.tell(|_| Event::CheckpointSkipped { step, under_way, time: now() });
         }
-        self.stepper.wait_for_all_weights()?;
+        self.stepper.settle_weights()?;
         let requests = self.timetable.restart(true);
         let (stepper, record, put_off) = (&self.stepper, &self.record, self.put_off);
         let save = Save { step, stepper, metrics, put_off, record, requests };

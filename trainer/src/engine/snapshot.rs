@@ -1,4 +1,4 @@
-//! What a checkpoint holds of a rank: its shards of weights, averages and moments, copied out and read back.
+//! What a checkpoint has of a rank: its part of weights, averages and moments, copied out and read back.
 
 use super::bucket::{Bucket, Buckets, Entry, slice};
 use crate::ema::Average;
@@ -6,6 +6,7 @@ use crate::ffi::{SnapshotMemory, values_mut};
 use anyhow::{Context, Result, bail};
 use checkpoint::{CheckpointReader, F32Bytes, Manifest, ReadInto, RunStore, Slice};
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
@@ -17,12 +18,12 @@ pub(super) struct Snapshot {
     pieces: Arc<[Piece]>,
 }
 
-/// The owned elements of one section of one bucket.
+/// What this rank answers for of one section of one bucket.
 struct Piece {
     bucket: usize,
     section: Section,
-    /// From its first to its last entry, in this rank's shard: frozen parameters' moments are not copied.
-    span: std::ops::Range<usize>,
+    /// From its first to its last entry, in what this rank holds: frozen parameters' moments are not copied.
+    span: Range<usize>,
     /// Where the span starts in the memory.
     start: usize,
     entries: Vec<SnapshotEntry>,
@@ -32,7 +33,7 @@ struct SnapshotEntry {
     name: String,
     shape: Vec<usize>,
     start_numel: usize,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
 }
 
 /// A section of a checkpoint.
@@ -62,10 +63,10 @@ impl Section {
             .collect()
     }
 
-    /// This rank's shard of it.
+    /// What this rank holds of it.
     fn of(&self, bucket: &Bucket) -> Tensor {
         match self.holds {
-            Holds::Params => bucket.params_shard(),
+            Holds::Params => bucket.held.shallow_clone(),
             Holds::Average(index) => bucket.averages[index].shallow_clone(),
             Holds::ExpAvg => bucket.exp_avg.shallow_clone(),
             Holds::ExpAvgSq => bucket.exp_avg_sq.shallow_clone(),
@@ -83,12 +84,12 @@ impl Section {
         entry.spec.trainable || matches!(self.holds, Holds::Params | Holds::Average(_))
     }
 
-    /// The entries of a bucket that it has and this rank owns elements of.
-    fn owned_entries(&self, bucket: &Bucket) -> Vec<SnapshotEntry> {
+    /// The entries of a bucket that it has and that have elements in `part` of what this rank holds.
+    fn entries(&self, bucket: &Bucket, part: &Range<usize>) -> Vec<SnapshotEntry> {
         let shard = &bucket.shard;
-        let owned = |entry: &Entry| {
-            let (whole, first) = (entry.range(), entry.range().start.max(shard.start));
-            let end = whole.end.min(shard.end);
+        let in_part = |entry: &Entry| {
+            let (whole, first) = (entry.range(), entry.range().start.max(part.start));
+            let end = whole.end.min(part.end);
             (first < end && self.has(entry)).then(|| SnapshotEntry {
                 name: format!("{}{}", self.prefix, entry.name),
                 shape: entry.spec.shape.iter().map(|&side| side as usize).collect(),
@@ -96,18 +97,18 @@ impl Section {
                 range: first - shard.start..end - shard.start,
             })
         };
-        bucket.layout.entries.iter().filter_map(owned).collect()
+        bucket.layout.entries.iter().filter_map(in_part).collect()
     }
 }
 
 impl Snapshot {
-    /// Room for what this rank owns.
+    /// Room for what this rank answers for.
     pub(super) fn allocate(buckets: &Buckets, averages: &[Average]) -> Result<Self> {
         let mut numel = 0;
         let mut pieces = Vec::new();
         for (index, bucket) in buckets.0.iter().enumerate() {
             for section in Section::all(averages) {
-                let entries = section.owned_entries(bucket);
+                let entries = section.entries(bucket, &bucket.own);
                 let (Some(first), Some(last)) = (entries.first(), entries.last()) else { continue };
                 let span = first.range.start..last.range.end;
                 let start = numel;
@@ -115,7 +116,7 @@ impl Snapshot {
                 pieces.push(Piece { bucket: index, section, span, start, entries });
             }
         }
-        let device = buckets.0.first().map_or(Device::Cpu, |bucket| bucket.params.device());
+        let device = buckets.0.first().map_or(Device::Cpu, |bucket| bucket.held.device());
         let memory = SnapshotMemory::allocate(numel, device);
         let memory = memory.with_context(|| format!("{} MiB of host memory for checkpoints", numel >> 18))?;
         Ok(Self { memory: Arc::new(memory), pieces: pieces.into() })
@@ -152,7 +153,7 @@ impl Snapshot {
     }
 }
 
-/// Fills this rank's shards from a checkpoint of any world size, and verifies this rank's part (number, of how many) of
+/// Fills what this rank holds from a checkpoint of any world size and sharding, and verifies this rank's part (number, of how many) of
 /// what no rank needs. The other ranks' weights are not read: gather them.
 ///
 /// A checkpoint before the first update (imported weights) need not have averages, which are then copies of the weights,
@@ -174,7 +175,7 @@ pub fn restore(
         .partition(|section| manifest.optimizer_step > 0 || section.holds == Holds::Params || is_there(section));
     let needed: HashSet<String> = held.iter().flat_map(|section| section.names(buckets)).collect();
     let targets = |bucket| held.iter().map(move |section: &Section| (section, bucket)).collect::<Vec<_>>();
-    match buckets.0.first().map(|bucket| bucket.params.device()) {
+    match buckets.0.first().map(|bucket| bucket.held.device()) {
         // One pass over the store, straight to where the values belong.
         Some(Device::Cpu) => restore_all(&reader, &buckets.0.iter().flat_map(targets).collect::<Vec<_>>())?,
         // So much at a time as one bucket has, by way of host memory.
@@ -183,7 +184,7 @@ pub fn restore(
     for bucket in &buckets.0 {
         for section in &lacking {
             tch::no_grad(|| match section.holds {
-                Holds::Params | Holds::Average(_) => section.of(bucket).copy_(&bucket.params_shard()),
+                Holds::Params | Holds::Average(_) => section.of(bucket).copy_(&bucket.held),
                 // A damaged checkpoint may have been tried before.
                 Holds::ExpAvg | Holds::ExpAvgSq => drop(section.of(bucket).zero_()),
             });
@@ -199,7 +200,7 @@ fn restore_all(reader: &CheckpointReader, targets: &[(&Section, &Bucket)]) -> Re
         target if target.device() == Device::Cpu => target,
         target => Tensor::zeros_like(&target).to_device(Device::Cpu),
     };
-    let owned: Vec<_> = targets.iter().map(|(section, bucket)| section.owned_entries(bucket)).collect();
+    let owned: Vec<_> = targets.iter().map(|(section, bucket)| section.entries(bucket, &bucket.shard)).collect();
     let mut hosts: Vec<Tensor> = targets.iter().map(|(section, bucket)| on_host(section, bucket)).collect();
     let mut requests = Vec::new();
     for (host, entries) in hosts.iter_mut().zip(&owned) {
@@ -230,9 +231,10 @@ fn restore_all(reader: &CheckpointReader, targets: &[(&Section, &Bucket)]) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::mesh::Mesh;
     use crate::model::testing::tiny_dit;
     use checkpoint::{AttemptInfo, Commit, ShardId};
-    use configs::lanes::LaneBlock;
+    use configs::Sharding;
 
     fn averages() -> Vec<Average> {
         Average::of_config(&configs::EmaConfig {
@@ -244,8 +246,8 @@ mod tests {
     }
 
     fn buckets(rank: usize, world_size: usize) -> Buckets {
-        let block = LaneBlock::of(rank, world_size, 4).unwrap();
-        Buckets::initialise(&tiny_dit(), 4, block, averages().len(), 8, &Default::default(), Device::Cpu)
+        let mesh = Mesh::of(rank, world_size, 4, Sharding::Optimizer, None).unwrap();
+        Buckets::initialise(&tiny_dit(), &mesh, averages().len(), 8, &Default::default(), Device::Cpu).unwrap()
     }
 
     /// A checkpoint by two ranks of some of these buckets' sections.
@@ -280,7 +282,7 @@ mod tests {
         );
         assert!(!manifest.tensors.contains_key("adamw/exp_avg/pos_embed"));
         let fresh = buckets(0, 1);
-        let restored = Buckets::zeroed(&tiny_dit(), 4, LaneBlock::of(0, 1, 4).unwrap(), 3, Device::Cpu);
+        let restored = Buckets::zeroed(&tiny_dit(), &Mesh::alone(4).unwrap(), 3, Device::Cpu).unwrap();
         restore(&store, &manifest, &restored, &averages(), (0, 1)).unwrap();
         for (number, (bucket, fresh)) in restored.0.iter().zip(&fresh.0).enumerate() {
             assert!(bucket.params.equal(&fresh.params));
@@ -316,7 +318,7 @@ mod tests {
         }
         restore(&store, &manifest, &restored, &averages(), (0, 1)).unwrap();
         for bucket in &restored.0 {
-            assert!(bucket.averages.iter().all(|average| average.equal(&bucket.params_shard())));
+            assert!(bucket.averages.iter().all(|average| average.equal(&bucket.held)));
             assert_eq!(bucket.exp_avg_sq.abs().max().double_value(&[]), 0.0);
         }
         for missing in ["ema_0.5/", "adamw/exp_avg_sq/"] {

@@ -5,6 +5,7 @@ use super::bucket::Buckets;
 use super::initial::Initial;
 use super::snapshot::restore;
 use crate::ema::Average;
+use crate::ffi::TorchError;
 use crate::interop;
 use crate::model::Model;
 use crate::recipe::Recipe;
@@ -34,13 +35,16 @@ pub(super) fn resume(
     store: &RunStore,
     collective: &dyn Collective,
     averages: &[Average],
-    zeroed: impl Fn() -> Buckets,
+    zeroed: impl Fn() -> Result<Buckets, TorchError>,
 ) -> Result<Option<(Manifest, Buckets)>> {
     let mut search = Search { config, record, store, newest_first: None, damaged: Vec::new() };
     let mut buckets = None;
     loop {
         let Some(manifest) = decided_by_rank_0(collective, || search.next())? else { return Ok(None) };
-        let loaded = buckets.get_or_insert_with(&zeroed);
+        let loaded = match &mut buckets {
+            Some(buckets) => &*buckets,
+            none => &*none.insert(zeroed()?),
+        };
         let part = (collective.rank(), collective.world_size());
         let restored = work_together(collective, || restore(store, &manifest, loaded, averages, part))?;
         match damage(collective, restored)? {

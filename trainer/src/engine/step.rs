@@ -50,9 +50,9 @@ impl Stepper {
     pub fn step(&mut self, step: u64, batches: &mut dyn Batches, signal: u32) -> Result<StepReport, StepError> {
         let _step = span(Compute, "step", step);
         let mut data_wait = Duration::ZERO;
-        let mut losses = Vec::with_capacity(self.experiment.block.len);
-        let mut used = Vec::with_capacity(self.experiment.block.len);
-        for lane in self.experiment.block.range() {
+        let mut losses = Vec::with_capacity(self.experiment.mesh.lanes_per_rank());
+        let mut used = Vec::with_capacity(self.experiment.mesh.lanes_per_rank());
+        for lane in self.experiment.mesh.lanes_of_rank() {
             let asked = Instant::now();
             let batch = {
                 let _waiting = span(Compute, "wait for data", lane as u64);
@@ -71,7 +71,7 @@ impl Stepper {
             losses.push(loss);
             used.push(batch);
         }
-        let grads = self.reducer.finish(&*self.collective, &mut self.clock);
+        let grads = self.gradients.finish();
         let grads = self.wire(step, "reduce", grads)?;
         let broken: Vec<_> = used.iter().flat_map(|batch| batch.broken.iter().cloned()).collect();
         let found = self.decisions.unknown(&broken);
@@ -80,7 +80,7 @@ impl Stepper {
             let _agreeing = span(Compute, "agree", None);
             self.agree(step, &losses, &grads, data_wait, signal)?
         };
-        report.wire = self.clock.take();
+        report.wire = self.ranks.wire_time();
         if report.signals.iter().any(|signal| signal & REPLACED != 0) {
             report.replaced = self.decide(step, &found)?;
         }
@@ -89,35 +89,40 @@ impl Stepper {
         let _updating = span(Compute, "update", None);
         let updated = self.optimizer.update(&self.buckets.0, &grads, step, report.grad_norm);
         self.torch(step, "update", updated)?;
-        let gathering = self.gather_weights();
-        self.wire(step, "update", gathering)?;
+        let published = self.weights.publish(&self.buckets.0);
+        self.weights_of(step, "update", published)?;
         Ok(report)
     }
 
-    /// Runs the chain; each segment waits until its weights have come back from the last update.
+    /// Runs the chain; each segment waits for its weights.
     fn forward(&mut self, step: u64, input: Flow) -> Result<Tape, StepError> {
         let _forward = span(Compute, "forward", None);
-        let mut tape = Tape::new(&*self.model, input);
+        let mut tape = Tape::new(&*self.model, input, self.experiment.recompute_every);
         for index in 0..self.buckets.0.len() {
-            let complete = self.wait_for_weights(index);
-            self.wire(step, "forward", complete)?;
+            let whole = self.weights.acquire(&self.buckets.0, index);
+            self.weights_of(step, "forward", whole)?;
             let _segment = span(Compute, "forward of segment", index as u64);
             tape.forward(&*self.model.segments()[index], &self.buckets.0[index].weights);
+            let released = self.weights.release(&self.buckets.0, index);
+            self.weights_of(step, "forward", released)?;
         }
         Ok(tape)
     }
 
-    /// Runs the chain backwards; in the last lane each finished bucket is on the wire while the next segment computes.
+    /// Runs the chain backwards; gradients travel while the next segment computes.
     fn backward(&mut self, step: u64, mut backward: Backward) -> Result<(), StepError> {
         let _backward = span(Compute, "backward", None);
         for index in (0..self.buckets.0.len()).rev() {
+            let whole = self.weights.acquire(&self.buckets.0, index);
+            self.weights_of(step, "backward", whole)?;
             let _segment = span(Compute, "backward of segment", index as u64);
             let bucket = &self.buckets.0[index];
-            let grads = self.torch(step, "backward", backward.segment(&bucket.trainable))?;
-            if let Some(block) = self.sums[index].push(&bucket.layout, grads) {
-                let started = self.reducer.start(&*self.collective, index, block);
-                self.wire(step, "reduce", started)?;
-            }
+            let grads = backward.segment(&*self.model.segments()[index], &bucket.weights, &bucket.trainable);
+            let grads = self.torch(step, "backward", grads)?;
+            let released = self.weights.release(&self.buckets.0, index);
+            self.weights_of(step, "backward", released)?;
+            let pushed = self.gradients.push(&self.buckets.0[index], index, grads);
+            self.wire(step, "reduce", pushed)?;
         }
         Ok(())
     }

@@ -2,15 +2,18 @@
 
 use super::bucket::{Bucket, Buckets, slice, view_of};
 use super::decisions::DecisionLog;
+use super::gradients::{self, GradientSum};
+use super::mesh::Mesh;
 use super::optimizer::Optimizer;
-use super::reducer::Reducer;
-use super::tree::{LaneSum, sum_lanes};
-use super::wire::{Summation, WireClock, WireTime};
+use super::ranks::Ranks;
+use super::tree::sum_lanes;
+use super::weights::{self, WeightSource, WeightsError};
+use super::wire::{Summation, WireTime};
 use crate::diffusion::{LossTerms, Objective};
 use crate::ffi::{TorchError, region, upload};
 use crate::model::{Model, WeightSet};
-use collective::{Collective, CollectiveError, Pending};
-use configs::lanes::LaneBlock;
+use collective::{Collective, CollectiveError};
+use configs::lanes::LaneError;
 use configs::validation::MODEL_SECTION;
 use data_loader::draws::{Key, Purpose};
 use data_loader::{BrokenGroup, DataError, MicroBatch};
@@ -25,17 +28,25 @@ use tch::{Device, Kind, Tensor};
 pub struct Experiment {
     /// The experiment's seed.
     pub seed: u64,
-    /// Lanes of the experiment.
-    pub lanes: usize,
-    /// The lanes of this rank.
-    pub block: LaneBlock,
+    /// This rank's lanes and what it holds.
+    pub mesh: Mesh,
     /// Where this rank computes.
     pub device: Device,
     /// How the ranks' sums of gradients become one.
     pub summation: Summation,
+    /// See [`super::tape::Tape::new`].
+    pub recompute_every: usize,
 }
 
 impl Experiment {
+    /// That of a lone rank.
+    ///
+    /// # Errors
+    /// `lanes` is not a power of two.
+    pub fn alone(seed: u64, lanes: usize, device: Device) -> Result<Self, LaneError> {
+        Ok(Self { seed, mesh: Mesh::alone(lanes)?, device, summation: Summation::Tree, recompute_every: 0 })
+    }
+
     /// A micro-batch as `model` takes it, on the device: the labels that this lane drops are null labels. A GPU may still
     /// read `batch` on return.
     ///
@@ -70,11 +81,9 @@ pub struct Stepper {
     pub decisions: DecisionLog,
     pub(super) collective: Arc<dyn Collective>,
     pub(super) experiment: Experiment,
-    pub(super) sums: Vec<LaneSum>,
-    pub(super) reducer: Reducer,
-    /// The weights of a bucket that are still coming back after an update.
-    gathers: Vec<Option<Pending>>,
-    pub(super) clock: WireClock,
+    pub(super) gradients: Box<dyn GradientSum>,
+    pub(super) weights: Box<dyn WeightSource>,
+    pub(super) ranks: Arc<Ranks>,
 }
 
 /// What a step reports; the same on every rank but for the time waited.
@@ -118,7 +127,10 @@ pub enum StepError {
 }
 
 impl Stepper {
-    /// A stepper over `buckets`, which belong to `model` and this rank's block of lanes.
+    /// A stepper over `buckets`, which belong to `model` and this rank's place. All ranks call it together.
+    ///
+    /// # Errors
+    /// See [`Ranks::connect`].
     pub fn new(
         model: Arc<dyn Model>,
         objective: Box<dyn Objective>,
@@ -126,17 +138,11 @@ impl Stepper {
         optimizer: Optimizer,
         collective: Arc<dyn Collective>,
         experiment: Experiment,
-    ) -> Self {
-        let Experiment { lanes, block, device, summation, .. } = experiment;
-        let sum = |bucket: &Bucket| match summation {
-            Summation::Tree => LaneSum::new(&bucket.layout, block.len, device),
-            Summation::Backend(_) => LaneSum::running(&bucket.layout, block.len, device),
-        };
-        Self {
-            sums: buckets.0.iter().map(sum).collect(),
-            reducer: Reducer::new(&buckets.0, lanes, collective.world_size(), summation),
-            gathers: buckets.0.iter().map(|_| None).collect(),
-            clock: WireClock::default(),
+    ) -> Result<Self, CollectiveError> {
+        let ranks = Arc::new(Ranks::connect(collective.clone(), experiment.mesh, experiment.summation)?);
+        Ok(Self {
+            gradients: gradients::sum(ranks.clone(), &buckets.0),
+            weights: weights::source(ranks.clone(), buckets.0.len()),
             model,
             objective,
             buckets,
@@ -144,7 +150,8 @@ impl Stepper {
             decisions: DecisionLog::default(),
             collective,
             experiment,
-        }
+            ranks,
+        })
     }
 
     /// Lets all ranks agree on losses, gradient norm and signals, and refuses a step that is not finite. The one wait
@@ -157,20 +164,21 @@ impl Stepper {
         data_wait: Duration,
         signal: u32,
     ) -> Result<StepReport, StepError> {
-        let Experiment { lanes, block, .. } = self.experiment;
+        let mesh = self.experiment.mesh;
+        let (lanes, per_rank) = (mesh.lanes, mesh.lanes_per_rank());
         let names: Vec<&'static str> =
             losses.first().map(|l| l.parts.iter().map(|p| p.0).collect()).unwrap_or_default();
         let terms = 1 + names.len();
-        // One row of values a lane: the loss, its parts, and the squared norm of its finest shard of every bucket.
+        // Of each lane that this rank has run the loss and its parts; of each bucket the squared norms of its own finest shards.
         let of_lane = |loss: &LossTerms| {
             let parts = loss.parts.iter().map(|(_, part)| part.to_kind(Kind::Double));
             std::iter::once(loss.total.detach().to_kind(Kind::Double)).chain(parts).collect::<Vec<_>>()
         };
         let mut values: Vec<Tensor> = losses.iter().flat_map(of_lane).collect();
         for (bucket, grad) in self.buckets.0.iter().zip(grads) {
-            let finest = bucket.layout.finest_numel;
-            let square = |i| slice(grad, &(i * finest..(i + 1) * finest)).square().sum(Kind::Double);
-            values.extend((0..block.len).map(square));
+            let (own, finest) = (bucket.own_in_shard(), bucket.layout.finest_numel);
+            let square = |start| slice(grad, &(start..start + finest)).square().sum(Kind::Double);
+            values.extend(own.step_by(finest).map(square));
         }
         let stacked = Tensor::stack(&values, 0).to_device(Device::Cpu);
         let mut message = Vec::<f64>::try_from(&stacked).map_err(|error| StepError::Torch {
@@ -183,19 +191,24 @@ impl Stepper {
         let width = message.len();
         let all = self.wire(step, "reduce", self.collective.gather_values(message))?;
 
-        let rank_of = |lane: usize| lane / block.len;
-        let loss_of = |lane: usize, term: usize| all[rank_of(lane) * width + lane % block.len * terms + term];
-        let square_of =
-            |bucket: usize, lane: usize| all[rank_of(lane) * width + block.len * (terms + bucket) + lane % block.len];
-        let over_lanes = |value: &dyn Fn(usize) -> f64| (0..lanes).map(value).collect::<Vec<f64>>();
-        let mean = |term: usize| sum_lanes(&over_lanes(&|lane| loss_of(lane, term))) / lanes as f64;
-        let bucket_squares = (0..grads.len()).map(|bucket| sum_lanes(&over_lanes(&|lane| square_of(bucket, lane))));
+        let loss_of = |lane: usize, term: usize| {
+            let (rank, index) = mesh.place_of_lane(lane);
+            all[rank * width + index * terms + term]
+        };
+        let square_of = |bucket: usize, finest: usize| {
+            let (rank, index) = mesh.owner(finest);
+            all[rank * width + per_rank * (terms + bucket) + index]
+        };
+        // There are as many lanes as finest shards.
+        let of_all = |value: &dyn Fn(usize) -> f64| (0..lanes).map(value).collect::<Vec<f64>>();
+        let mean = |term: usize| sum_lanes(&of_all(&|lane| loss_of(lane, term))) / lanes as f64;
+        let bucket_squares = (0..grads.len()).map(|bucket| sum_lanes(&of_all(&|finest| square_of(bucket, finest))));
         let bucket_squares: Vec<f64> = bucket_squares.collect();
 
         let culprit = (0..lanes).find(|&lane| !loss_of(lane, 0).is_finite());
         if let Some(lane) = culprit {
             let what = format!("the loss of lane {lane} is {}, which", loss_of(lane, 0));
-            return Err(StepError::NonFinite { who: format!("rank {}: ", rank_of(lane)), step, what });
+            return Err(StepError::NonFinite { who: format!("rank {}: ", mesh.place_of_lane(lane).0), step, what });
         }
         if let Some(bucket) = bucket_squares.iter().position(|square| !square.is_finite()) {
             let name = &self.buckets.0[bucket].layout.entries[0].name;
@@ -227,36 +240,20 @@ impl Stepper {
             .map_err(|source| StepError::TooMuchDamage { step, source: Box::new(source) })
     }
 
-    /// Starts bringing every rank's updated shard of every bucket back to all ranks, in the order of the next forward.
+    /// Says that every rank has its part of the weights, from a checkpoint or an update, see [`WeightSource::publish`].
     ///
     /// # Errors
-    /// See [`Collective::start`].
-    pub fn gather_weights(&mut self) -> Result<(), CollectiveError> {
-        if self.collective.world_size() > 1 {
-            for (bucket, gather) in self.buckets.0.iter().zip(&mut self.gathers) {
-                *gather = Some(self.collective.all_gather(None, region(&bucket.params))?);
-            }
-        }
-        Ok(())
+    /// What the collective or libtorch reports.
+    pub fn publish_weights(&mut self) -> Result<(), WeightsError> {
+        self.weights.publish(&self.buckets.0)
     }
 
-    /// Waits until the weights of bucket `index` are complete on this rank.
+    /// Waits until nothing is on its way to this rank any more.
     ///
     /// # Errors
-    /// See [`Pending::wait`].
-    pub fn wait_for_weights(&mut self, index: usize) -> Result<(), CollectiveError> {
-        match self.gathers[index].take() {
-            Some(gather) => self.clock.wait(gather, self.collective.deadline(), "gather", index),
-            None => Ok(()),
-        }
-    }
-
-    /// Waits until all weights are complete on this rank.
-    ///
-    /// # Errors
-    /// See [`Pending::wait`].
-    pub fn wait_for_all_weights(&mut self) -> Result<(), CollectiveError> {
-        (0..self.gathers.len()).try_for_each(|index| self.wait_for_weights(index))
+    /// See [`collective::Pending::wait`].
+    pub fn settle_weights(&mut self) -> Result<(), CollectiveError> {
+        self.weights.settle()
     }
 
     /// The whole main EMA on every rank, as [`Stepper::gather_average`].
@@ -273,27 +270,33 @@ impl Stepper {
     /// # Errors
     /// What the collective reports.
     pub fn gather_average(&self, index: usize) -> Result<WeightSet, CollectiveError> {
-        self.weight_set(|bucket| {
-            let whole = Tensor::zeros([bucket.layout.numel as i64], (Kind::Float, self.experiment.device));
-            if self.collective.world_size() > 1 {
-                let gather = self.collective.all_gather(Some(region(&bucket.averages[index])), region(&whole))?;
-                gather.wait(self.collective.deadline())?;
-            } else {
-                whole.shallow_clone().copy_(&bucket.averages[index]);
-            }
-            Ok(whole)
-        })
+        self.weight_set(|bucket| self.gathered(bucket, &bucket.averages[index]))
+    }
+
+    /// The whole of what this rank holds a part of, as a copy.
+    fn gathered(&self, bucket: &Bucket, held: &Tensor) -> Result<Tensor, CollectiveError> {
+        let whole = Tensor::zeros([bucket.layout.numel as i64], (Kind::Float, self.experiment.device));
+        if self.experiment.mesh.shards > 1 {
+            let gather = self.ranks.group().all_gather(Some(region(held)), region(&whole))?;
+            gather.wait(self.collective.deadline())?;
+        } else {
+            whole.shallow_clone().copy_(held);
+        }
+        Ok(whole)
     }
 
     /// The weights that checkpoints hold in `section`, whole on every rank. All ranks call it together. Those of section
-    /// `model` are views that the next update changes.
+    /// `model` may be views that the next update changes.
     ///
     /// # Errors
     /// What the collective reports; no such section.
     pub fn gather_section(&mut self, section: &str) -> Result<WeightSet, CollectiveError> {
         if section == MODEL_SECTION {
-            self.wait_for_all_weights()?;
-            return self.weight_set(|bucket| Ok(bucket.params.shallow_clone()));
+            self.settle_weights()?;
+            return self.weight_set(|bucket| match self.experiment.mesh.shares_out_weights() {
+                true => self.gathered(bucket, &bucket.held),
+                false => Ok(bucket.params.shallow_clone()),
+            });
         }
         match self.optimizer.averages.iter().position(|average| average.section == section) {
             Some(index) => self.gather_average(index),
@@ -332,6 +335,18 @@ impl Stepper {
         result: Result<T, CollectiveError>,
     ) -> Result<T, StepError> {
         result.map_err(|source| StepError::Collective { step, phase, source })
+    }
+
+    pub(super) fn weights_of<T>(
+        &self,
+        step: u64,
+        phase: &'static str,
+        result: Result<T, WeightsError>,
+    ) -> Result<T, StepError> {
+        result.map_err(|error| match error {
+            WeightsError::Collective(source) => StepError::Collective { step, phase, source },
+            WeightsError::Torch(source) => StepError::Torch { rank: self.collective.rank(), step, phase, source },
+        })
     }
 
     pub(super) fn torch<T>(

@@ -7,11 +7,15 @@ use tch::Tensor;
 /// The inputs and outputs of every segment of one forward pass; each output's graph ends at its own inputs.
 pub struct Tape {
     records: Vec<Record>,
+    /// Of so many segments one keeps no graph; 0: every segment keeps its own.
+    recompute_every: usize,
 }
 
 struct Record {
     input: Flow,
     output: Flow,
+    /// The output has no graph: backward runs the segment again.
+    recompute: bool,
 }
 
 /// The gradients that flow from segment to segment while a tape is run backwards.
@@ -22,11 +26,12 @@ pub struct Backward {
 }
 
 impl Tape {
-    /// Starts a tape with the flow into the first segment.
-    pub fn new(model: &dyn Model, input: Flow) -> Self {
+    /// Starts a tape with the flow into the first segment. Of every `recompute_every` segments (0: never) the last keeps
+    /// its input only, and computes its activations anew in backward.
+    pub fn new(model: &dyn Model, input: Flow, recompute_every: usize) -> Self {
         let mut records = Vec::with_capacity(model.segments().len() + 1);
-        records.push(Record { input: Flow::default(), output: input });
-        Self { records }
+        records.push(Record { input: Flow::default(), output: input, recompute: false });
+        Self { records, recompute_every }
     }
 
     /// Runs the next segment.
@@ -40,8 +45,14 @@ impl Tape {
             state: previous.output.state.iter().map(leaf).collect(),
             context: context.iter().map(leaf).collect(),
         };
-        let output = segment.forward(weights, &input, &mut no_probe);
-        self.records.push(Record { input, output });
+        let mut output = segment.forward(weights, &input, &mut no_probe);
+        let recompute = self.recompute_every > 0 && self.records.len().is_multiple_of(self.recompute_every);
+        if recompute {
+            // The graph was needed only to learn what depends on a trainable parameter.
+            let state = output.state.iter().map(leaf).collect();
+            output = Flow { state, context: output.context.iter().map(leaf).collect() };
+        }
+        self.records.push(Record { input, output, recompute });
     }
 
     /// The chain's output as a leaf of the loss's graph.
@@ -57,13 +68,21 @@ impl Tape {
 }
 
 impl Backward {
-    /// Runs the last segment not yet run backwards and frees its graph; `parameters` are its trainable ones. Gives
-    /// their gradients (`None` where one takes no part).
+    /// Runs the last segment not yet run backwards and frees its graph; it is `segment`, has the `weights` of the forward
+    /// pass, and of these `parameters` are the trainable ones. Gives their gradients (`None` where one takes no part).
     ///
     /// # Errors
     /// What autograd reports.
-    pub fn segment(&mut self, parameters: &[Tensor]) -> Result<Vec<Option<Tensor>>, TorchError> {
-        let Some(Record { input, output }) = self.records.pop() else { return Ok(Vec::new()) };
+    pub fn segment(
+        &mut self,
+        segment: &dyn Segment,
+        weights: &Weights,
+        parameters: &[Tensor],
+    ) -> Result<Vec<Option<Tensor>>, TorchError> {
+        let Some(Record { input, mut output, recompute }) = self.records.pop() else { return Ok(Vec::new()) };
+        if recompute && output.state.iter().chain(&output.context).any(Tensor::requires_grad) {
+            output = segment.forward(weights, &input, &mut no_probe);
+        }
         // Gradients are held for those tensors between two segments that need one, see [`Tape::forward`].
         let needing = |tensors: &[Tensor]| -> Vec<Tensor> {
             tensors.iter().filter(|tensor| tensor.requires_grad()).map(Tensor::shallow_clone).collect()
@@ -103,16 +122,16 @@ impl Backward {
 mod tests {
     use super::*;
     use crate::engine::bucket::Buckets;
+    use crate::engine::mesh::Mesh;
     use crate::model::freeze::freeze;
     use crate::model::testing::tiny_dit;
     use crate::model::{Init, initial_values};
-    use configs::lanes::LaneBlock;
     use std::collections::{BTreeMap, HashMap};
     use std::sync::Arc;
     use tch::{Device, Kind};
 
     /// Gradients by name, and which segments' outputs needed one.
-    fn gradients(frozen: &[&str]) -> (BTreeMap<String, Tensor>, Vec<bool>) {
+    fn gradients(frozen: &[&str], recompute_every: usize) -> (BTreeMap<String, Tensor>, Vec<bool>) {
         let patterns: Vec<String> = frozen.iter().map(|text| text.to_string()).collect();
         let model = freeze(Arc::new(tiny_dit()), &patterns).unwrap();
         let value = |(name, spec): (String, crate::model::ParamSpec)| {
@@ -120,11 +139,10 @@ mod tests {
             (name, Tensor::from_slice(&values).view(spec.shape.as_slice()))
         };
         let given: HashMap<String, Tensor> = model.named_params().into_iter().map(value).collect();
-        let block = LaneBlock::of(0, 1, 1).unwrap();
-        let buckets = Buckets::initialise(&*model, 1, block, 0, 0, &given, Device::Cpu);
+        let buckets = Buckets::initialise(&*model, &Mesh::alone(1).unwrap(), 0, 0, &given, Device::Cpu).unwrap();
         let x = Tensor::arange(2 * 4 * 64, (Kind::Float, Device::Cpu)).sin().view([2, 4, 8, 8]);
         let (t, y) = (Tensor::from_slice(&[3f32, 700.0]), Tensor::from_slice(&[1i64, 7]));
-        let mut tape = Tape::new(&*model, model.input(&x, &t, &y));
+        let mut tape = Tape::new(&*model, model.input(&x, &t, &y), recompute_every);
         for (segment, bucket) in model.segments().iter().zip(&buckets.0) {
             tape.forward(&**segment, &bucket.weights);
         }
@@ -132,9 +150,9 @@ mod tests {
         let grad = tape.output().cos().detach();
         let mut backward = tape.into_backward(grad);
         let mut gradients = BTreeMap::new();
-        for bucket in buckets.0.iter().rev() {
+        for (segment, bucket) in model.segments().iter().zip(&buckets.0).rev() {
             let names = bucket.layout.entries.iter().filter(|entry| entry.spec.trainable).map(|entry| &entry.name);
-            let grads = backward.segment(&bucket.trainable).unwrap();
+            let grads = backward.segment(&**segment, &bucket.weights, &bucket.trainable).unwrap();
             gradients.extend(names.cloned().zip(grads.into_iter().map(|grad| grad.unwrap())));
         }
         (gradients, needed)
@@ -142,7 +160,7 @@ mod tests {
 
     #[test]
     fn frozen_parameters_cost_no_gradient_and_the_others_have_the_same_bits() {
-        let (all, _) = gradients(&[]);
+        let (all, _) = gradients(&[], 0);
         let embedders = ["x_embedder.*", "t_embedder.*", "y_embedder.*"];
         for (frozen, needed) in [
             (vec!["blocks.0.*"], [true; 4]),
@@ -153,11 +171,14 @@ mod tests {
             (vec!["final_layer.*"], [true; 4]),
             (vec!["*"], [false; 4]),
         ] {
-            let (some, found) = gradients(&frozen);
-            assert_eq!(found, needed, "{frozen:?}");
-            assert!(some.len() < all.len() && (some.is_empty() == (frozen == ["*"])), "{frozen:?}");
-            for (name, gradient) in some {
-                assert!(gradient.equal(&all[&name]), "{name} without {frozen:?}");
+            for recompute_every in 0..=3 {
+                let case = format!("without {frozen:?}, recomputing every {recompute_every}");
+                let (some, found) = gradients(&frozen, recompute_every);
+                assert_eq!(found, needed, "{case}");
+                assert!(some.len() < all.len() && (some.is_empty() == (frozen == ["*"])), "{case}");
+                for (name, gradient) in some {
+                    assert!(gradient.equal(&all[&name]), "{name} {case}");
+                }
             }
         }
     }

@@ -49,7 +49,9 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn ditharos_snapshot_memory(numel: i64, is_pinned: bool, memory: *mut *mut C_tensor) -> *mut c_char;
     fn ditharos_copy(target: *mut C_tensor, source: *const C_tensor) -> *mut c_char;
-    fn ditharos_set_deterministic() -> *mut c_char;
+    fn ditharos_allocate_storage(tensor: *mut C_tensor) -> *mut c_char;
+    fn ditharos_free_storage(tensor: *mut C_tensor) -> *mut c_char;
+    fn ditharos_set_deterministic(tf32: bool) -> *mut c_char;
     fn ditharos_load_cuda() -> *mut c_char;
     fn ditharos_current_stream(device: c_int, stream: *mut *mut c_void) -> *mut c_char;
 }
@@ -167,13 +169,33 @@ pub fn foreach_lerp(tensors: &[Tensor], end: &[Tensor], weight: f64) -> Result<(
     checked(unsafe { ditharos_foreach_lerp(selfs.as_ptr(), ends.as_ptr(), tensors.len(), weight) })
 }
 
-/// Makes libtorch use deterministic kernels only; an operator without one fails.
+/// New memory, with undefined values, for `tensor` and all tensors that share its storage, after [`free_storage`].
+///
+/// # Errors
+/// No memory, or the storage has some.
+pub(crate) fn allocate_storage(tensor: &Tensor) -> Result<(), TorchError> {
+    // SAFETY: a live tensor.
+    checked(unsafe { ditharos_allocate_storage(tensor.as_ptr().cast_mut()) })
+}
+
+/// Takes the memory of `tensor`, which starts its storage, and of all tensors that share it away. They keep their shapes;
+/// nobody may read or write them until [`allocate_storage`].
 ///
 /// # Errors
 /// What libtorch reports.
-pub fn set_deterministic() -> Result<(), TorchError> {
-    // SAFETY: no arguments.
-    checked(unsafe { ditharos_set_deterministic() })
+pub(crate) fn free_storage(tensor: &Tensor) -> Result<(), TorchError> {
+    // SAFETY: a live tensor. No region of it is in use: the engine waits for what it gathers before it lets it go.
+    checked(unsafe { ditharos_free_storage(tensor.as_ptr().cast_mut()) })
+}
+
+/// Makes libtorch use deterministic kernels only; an operator without one fails. With `tf32` GPUs may round the inputs of
+/// float32 products to TF32.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn set_deterministic(tf32: bool) -> Result<(), TorchError> {
+    // SAFETY: no pointers.
+    checked(unsafe { ditharos_set_deterministic(tf32) })
 }
 
 /// Maps libtorch's CUDA half where a driver is present.

@@ -88,16 +88,36 @@ char* ditharos_copy(at::Tensor* target, const at::Tensor* source) {
   });
 }
 
-// Deterministic kernels or an error where there is none; no TF32; no benchmark-chosen convolutions.
-char* ditharos_set_deterministic() {
-  return guarded([] {
+// New memory, with undefined values, for all tensors of this one's storage, which has none.
+char* ditharos_allocate_storage(at::Tensor* tensor) {
+  return guarded([&] {
+    auto* storage = tensor->storage().unsafeGetStorageImpl();
+    TORCH_CHECK(storage->nbytes() == 0 && storage->allocator() && tensor->storage_offset() == 0,
+                "the storage has memory, or none can be allocated for it");
+    storage->set_data_ptr_noswap(storage->allocator()->allocate(tensor->nbytes()));
+    storage->set_nbytes(tensor->nbytes());
+  });
+}
+
+// Takes the memory of all tensors of this one's storage away.
+char* ditharos_free_storage(at::Tensor* tensor) {
+  return guarded([&] {
+    auto* storage = tensor->storage().unsafeGetStorageImpl();
+    storage->set_data_ptr_noswap(at::DataPtr(nullptr, storage->device()));
+    storage->set_nbytes(0);
+  });
+}
+
+// Deterministic kernels or an error where there is none; no benchmark-chosen convolutions; TF32 only where asked for.
+char* ditharos_set_deterministic(bool tf32) {
+  return guarded([&] {
     auto& context = at::globalContext();
     context.setDeterministicAlgorithms(true, /*warn_only=*/false);
     context.setDeterministicFillUninitializedMemory(false);
     context.setBenchmarkCuDNN(false);
     context.setDeterministicCuDNN(true);
-    context.setAllowTF32CuBLAS(false);
-    context.setAllowTF32CuDNN(false);
+    context.setAllowTF32CuBLAS(tf32);
+    context.setAllowTF32CuDNN(tf32);
   });
 }
 

@@ -11,6 +11,7 @@ pub mod freeze;
 mod init;
 pub mod lora;
 pub mod patterns;
+pub mod precision;
 #[cfg(test)]
 pub(crate) mod testing;
 
@@ -18,7 +19,7 @@ pub use embed::{shifted_timestep_embedding, sin_cos_2d, sin_cos_2d_at, timestep_
 pub use init::{Init, initial_values};
 
 use std::collections::HashMap;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// A parameter as a segment declares it.
 #[derive(Clone, Debug)]
@@ -55,20 +56,24 @@ pub struct Flow {
 }
 
 /// A segment's weights by their names inside the segment.
-pub struct Weights(HashMap<String, Tensor>);
+pub struct Weights {
+    tensors: HashMap<String, Tensor>,
+    /// What large products are computed in, see [`precision`].
+    kind: Kind,
+}
 
 impl Weights {
     /// From (name inside the segment, tensor).
     pub fn new(tensors: impl IntoIterator<Item = (String, Tensor)>) -> Self {
-        Self(tensors.into_iter().collect())
+        Self { tensors: tensors.into_iter().collect(), kind: Kind::Float }
     }
 
     /// These, with some in place of others.
     fn with(&self, replaced: impl IntoIterator<Item = (String, Tensor)>) -> Self {
         let mut tensors: HashMap<String, Tensor> =
-            self.0.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+            self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
         tensors.extend(replaced);
-        Self(tensors)
+        Self { tensors, kind: self.kind }
     }
 }
 
@@ -78,7 +83,7 @@ impl std::ops::Index<&str> for Weights {
     /// # Panics
     /// When the segment asks for a parameter that it did not declare: a mistake in that segment.
     fn index(&self, name: &str) -> &Tensor {
-        self.0.get(name).unwrap_or_else(|| panic!("the segment did not declare a parameter `{name}`"))
+        self.tensors.get(name).unwrap_or_else(|| panic!("the segment did not declare a parameter `{name}`"))
     }
 }
 

@@ -145,7 +145,7 @@ impl Prepared {
             tch::set_num_threads(threads.max(1));
             tch::set_num_interop_threads(1);
         }
-        ffi::set_deterministic()?;
+        ffi::set_deterministic(record["train"]["tf32"].as_bool().unwrap_or(false))?;
         let device = args.device.device(collective.local_rank())?;
         let recipe = Recipe::of_manifest(record)?;
         let of_config = config.and_then(|config| config.sample.vae.as_ref());

@@ -2,7 +2,7 @@
 
 use super::DitConfig;
 use crate::model::{Init, ParamSpec, Probe, Weights};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Epsilon of every LayerNorm, but for [`super::Numerics`].
 pub(super) const NORM_EPS: f64 = 1e-6;
@@ -46,6 +46,12 @@ pub(super) fn apply_linear(weights: &Weights, name: &str, input: &Tensor) -> Ten
     input.linear(&weights[&format!("{name}.weight")], Some(&weights[&format!("{name}.bias")]))
 }
 
+/// [`apply_linear`] in the precision of the run, in which the result stays.
+fn apply_product(weights: &Weights, name: &str, input: &Tensor) -> Tensor {
+    let rounded = |part: &str| weights[&format!("{name}.{part}")].to_kind(weights.kind);
+    input.to_kind(weights.kind).linear(&rounded("weight"), Some(&rounded("bias")))
+}
+
 /// LayerNorm without affine part over the last dimension.
 pub(super) fn layer_norm(x: &Tensor) -> Tensor {
     layer_norm_eps(x, NORM_EPS)
@@ -79,10 +85,10 @@ pub(super) fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Tensor {
 /// # Shapes
 /// `x` [N, T, D] → [N, T, D].
 pub(super) fn self_attention(w: &Weights, heads: i64, x: &Tensor, see: Probe) -> Tensor {
-    let qkv = apply_linear(w, "attn.qkv", x); // [N, T, 3D]
+    let qkv = apply_product(w, "attn.qkv", x); // [N, T, 3D]
     see("qkv", &qkv);
     let [q, k, v] = split_heads(&qkv, heads);
-    let attention = apply_linear(w, "attn.proj", &attend(&q, &k, &v));
+    let attention = apply_product(w, "attn.proj", &attend(&q, &k, &v)).to_kind(Kind::Float);
     see("attn", &attention);
     attention
 }
@@ -92,9 +98,9 @@ pub(super) fn self_attention(w: &Weights, heads: i64, x: &Tensor, see: Probe) ->
 /// # Shapes
 /// `x` [N, T, D], `context` [N, S, D] → [N, T, D].
 pub(super) fn cross_attention(w: &Weights, heads: i64, x: &Tensor, context: &Tensor) -> Tensor {
-    let [q] = split_heads(&apply_linear(w, "cross_attn.q", x), heads);
-    let [k, v] = split_heads(&apply_linear(w, "cross_attn.kv", context), heads);
-    apply_linear(w, "cross_attn.proj", &attend(&q, &k, &v))
+    let [q] = split_heads(&apply_product(w, "cross_attn.q", x), heads);
+    let [k, v] = split_heads(&apply_product(w, "cross_attn.kv", context), heads);
+    apply_product(w, "cross_attn.proj", &attend(&q, &k, &v)).to_kind(Kind::Float)
 }
 
 /// [N, T, P·D] → P tensors [N, heads, T, D/heads].
@@ -113,9 +119,9 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
 
 /// fc2(GELU(fc1 x)).
 pub(super) fn mlp(w: &Weights, x: &Tensor, see: Probe) -> Tensor {
-    let activated = apply_linear(w, "mlp.fc1", x).gelu("tanh");
+    let activated = apply_product(w, "mlp.fc1", x).gelu("tanh");
     see("mlp_act", &activated);
-    let mlp = apply_linear(w, "mlp.fc2", &activated);
+    let mlp = apply_product(w, "mlp.fc2", &activated).to_kind(Kind::Float);
     see("mlp", &mlp);
     mlp
 }
