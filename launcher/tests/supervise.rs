@@ -503,16 +503,18 @@ fn the_same_failure_three_times_in_a_row_is_the_end_with_the_evidence() {
 }
 
 #[test]
-fn a_stop_while_nothing_runs_ends_the_launcher() {
-    let bench = Bench::new(&format!("echo $$ >> starts; {START}; exit 1"));
-    let child = bench.start(&["--procs-per-node", "1", "--restarts", "2"]);
+fn a_stop_between_two_starts_is_the_end() {
+    // No failure is like the one before: without the stop it would go on for minutes.
+    let bench = Bench::new(&format!("{START}; echo \"trainer: error: failure $$\" >&2; echo $$ >> starts; exit 1"));
+    let child = bench.start(&["--procs-per-node", "1", "--restarts", "50"]);
     let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
-    // Whenever it comes, there is no further start for it to be lost on.
     bench.wait_for("starts");
+    let starts = || fs::read_to_string(bench.path("starts")).unwrap().lines().count();
+    let before = starts();
     kill(pid, Signal::SIGTERM).unwrap();
     let ended = finish(child);
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);
-    assert_eq!(fs::read_to_string(bench.path("starts")).unwrap().lines().count(), 1, "{}", ended.stderr);
+    assert!(starts() <= before + 1, "{}", ended.stderr);
 }
 
 #[test]
