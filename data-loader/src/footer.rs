@@ -49,7 +49,7 @@ pub(crate) struct Footer {
     pub features: Features,
     /// Where labels come from.
     pub label: Label,
-    /// The latent columns, in the order of [`crate::decode::RowBlock`]: value or mean, log-variance, then the mirrored ones.
+    /// The latent columns, in the order of `RowBlock`: value or mean, log-variance, then the mirrored ones.
     pub latents: Vec<(String, Form)>,
     pub moments: bool,
     pub flipped: bool,

@@ -1,7 +1,7 @@
 //! From other formats of latents to parquet, and back.
 //!
-//! A [`Source`] gives samples by number, a [`Sink`] takes them part by part; [`convert`] reads the one on several threads into
-//! the other. What is not finished is never taken for a data set: see [`destination`].
+//! A [`Source`] gives samples by number, a `Sink` takes them part by part; [`convert`] reads the one on several threads into
+//! the other. What is not finished is never taken for a data set: see `destination`.
 
 mod array;
 mod dataset;

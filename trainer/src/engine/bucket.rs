@@ -101,7 +101,7 @@ pub struct Bucket {
     /// Those of them that it answers for.
     pub own: Range<usize>,
     /// All weights, `[numel]` float32. Where weights are shared out there is memory behind them only between
-    /// [`Bucket::make_room`] and [`Bucket::free_room`].
+    /// `make_room` and `free_room`.
     pub params: Tensor,
     /// The weights of the held elements, `[shard]`: a view of `params`, or memory of their own where weights are shared out.
     pub held: Tensor,

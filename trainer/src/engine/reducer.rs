@@ -71,7 +71,7 @@ pub struct Reducer {
 }
 
 struct Slot {
-    /// What comes in from the group, [bucket], and from peers, [held part]; empty where nobody sends.
+    /// What comes in from the group, of a whole bucket, and from peers, of its held part; empty where nobody sends.
     received: [Tensor; 2],
     /// Elements of the held part that this rank answers for.
     own: std::ops::Range<usize>,
