@@ -47,7 +47,7 @@ impl Cluster for Kubernetes {
         let objects = json!({
             "apiVersion": "v1",
             "kind": "List",
-            "items": [self.config_map(trainer), self.job(plan, trainer, image)],
+            "items": [self.config_map(trainer)?, self.job(plan, trainer, image)],
         });
         // JSON is YAML, and kubectl takes both.
         Ok(Start::Handover(Handover { text: format!("{objects:#}\n"), submit: Vec::new() }))
@@ -63,11 +63,12 @@ impl Kubernetes {
         }
     }
 
-    /// The config with all overrides, paths absolute as this machine sees them.
-    fn config_map(&self, trainer: &TrainerCall) -> Value {
-        // A file that was read a moment ago.
-        let text = std::fs::read_to_string(&trainer.config).unwrap_or_default();
-        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": self.metadata(), "data": {"run.toml": text}})
+    /// The config's text as it is; overrides are arguments of the launcher in the pod.
+    fn config_map(&self, trainer: &TrainerCall) -> Result<Value, ClusterError> {
+        let path = trainer.config.display().to_string();
+        let text = std::fs::read_to_string(&trainer.config)
+            .map_err(|error| ClusterError::Config { path, reason: error.to_string() })?;
+        Ok(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": self.metadata(), "data": {"run.toml": text}}))
     }
 
     fn job(&self, plan: &Plan, trainer: &TrainerCall, image: &str) -> Value {

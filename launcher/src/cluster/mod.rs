@@ -75,6 +75,14 @@ pub enum ClusterError {
         /// The engine asked for.
         via: Via,
     },
+    /// The config's text cannot be put into a manifest.
+    #[error("{path}: {reason}; the manifest takes the config along, so it has to be readable")]
+    Config {
+        /// The config's file.
+        path: String,
+        /// As the system tells it.
+        reason: String,
+    },
     /// What is handed over is read by others.
     #[error(
         "`{key}` holds credentials, which would be written into a manifest; take them out of the URL and use {remedy}"
