@@ -2,7 +2,7 @@
 
 use crate::{
     backend::{Backend, Landed},
-    chunk::Sha256Digest,
+    chunk::Digest,
     error::CheckpointError,
     keys, runtime,
     sealed::{Format, seal, unix_ms, unseal},
@@ -88,7 +88,7 @@ impl RunStore {
                 };
                 let bytes = seal(&record).map_err(failed)?;
                 if backend.create_small(&key, &bytes).await? == Landed::Ours {
-                    self.claims().insert(attempt, Sha256Digest::of(&bytes));
+                    self.claims().insert(attempt, Digest::sha256(&bytes));
                     return Ok(attempt);
                 }
             }
@@ -112,7 +112,7 @@ impl RunStore {
         runtime::wait(async { Ok(read_attempt(&self.backend, attempt).await?.0) })
     }
 
-    pub(crate) fn claims(&self) -> std::sync::MutexGuard<'_, std::collections::HashMap<u32, Sha256Digest>> {
+    pub(crate) fn claims(&self) -> std::sync::MutexGuard<'_, std::collections::HashMap<u32, Digest>> {
         self.claimed.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -135,14 +135,14 @@ pub(crate) async fn attempt_numbers(backend: &Backend) -> Result<Vec<u32>, Check
     Ok(backend.list(keys::ATTEMPTS).await?.iter().filter_map(|key| keys::parse_attempt(key)).collect())
 }
 
-async fn read_attempt(backend: &Backend, attempt: u32) -> Result<(AttemptRecord, Sha256Digest), CheckpointError> {
+async fn read_attempt(backend: &Backend, attempt: u32) -> Result<(AttemptRecord, Digest), CheckpointError> {
     let key = keys::attempt(attempt);
     let bytes = backend.get_small(&key).await?;
     let record: AttemptRecord = unseal(&bytes, &FORMAT, &backend.url, &key)?;
     if record.attempt != attempt {
         return Err(backend.damaged(&key, format!("it is the record of attempt {}", record.attempt)));
     }
-    Ok((record, Sha256Digest::of(&bytes)))
+    Ok((record, Digest::sha256(&bytes)))
 }
 
 /// Every attempt that has a record, above `after`; `None` for a record that cannot be read.

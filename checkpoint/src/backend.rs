@@ -1,7 +1,7 @@
 //! The few store operations that the protocol needs, each with a deadline, each naming key and URL when it fails.
 
 use crate::{
-    chunk::{CHUNK_BYTES, Fingerprint, Sha256Digest, fingerprint},
+    chunk::{CHUNK_BYTES, ChunkDigest, ChunkDigests, Fingerprint, fingerprint},
     error::CheckpointError,
     local::Buffers,
     sealed::MAX_SEALED_BYTES,
@@ -28,6 +28,30 @@ pub(crate) struct Backend {
     /// The folder behind a `file://` URL.
     pub folder: Option<PathBuf>,
     pub options: StoreOptions,
+}
+
+/// A chunk of an object and what it was written with.
+#[derive(Debug, Clone)]
+pub(crate) struct ChunkRef {
+    pub key: String,
+    /// Length of the whole object.
+    pub object_bytes: u64,
+    /// Where the chunk lies in it.
+    pub range: Range<u64>,
+    pub expected: ChunkDigest,
+}
+
+impl ChunkRef {
+    /// Chunk `index` of an object with these digests.
+    pub fn new(key: &str, object_bytes: u64, chunk_bytes: u64, index: usize, digests: &ChunkDigests) -> Self {
+        let start = index as u64 * chunk_bytes;
+        let range = start..object_bytes.min(start.saturating_add(chunk_bytes));
+        Self { key: key.to_owned(), object_bytes, range, expected: digests.expected(index) }
+    }
+
+    pub fn bytes(&self) -> usize {
+        (self.range.end - self.range.start) as usize
+    }
 }
 
 /// How a create-if-absent ended.
@@ -93,7 +117,7 @@ impl Backend {
         CheckpointError::Store { url: self.url.clone(), operation, key: key.to_owned(), reason: redact_text(&reason) }
     }
 
-    async fn bounded<T>(
+    pub async fn bounded<T>(
         &self,
         operation: &'static str,
         key: &str,
@@ -207,41 +231,32 @@ impl Backend {
         Ok(self.retried("look up", key, self.deadline(0), || self.store.head(&path)).await?.size)
     }
 
-    /// Chunk `index` of an object that was written with `fingerprint`, verified.
-    pub async fn get_chunk(
-        &self,
-        key: &str,
-        object_bytes: u64,
-        chunk_bytes: u64,
-        index: usize,
-        expected: Sha256Digest,
-        buffers: &Buffers,
-    ) -> Result<Bytes, Failure> {
-        let start = index as u64 * chunk_bytes;
-        let range = start..object_bytes.min(start.saturating_add(chunk_bytes));
+    /// A chunk, verified.
+    pub async fn get_chunk(&self, chunk: &ChunkRef, buffers: &Buffers) -> Result<Bytes, Failure> {
+        let ChunkRef { key, object_bytes, range, expected } = chunk;
         let wrong = |reason: String| Failure { kind: FailureKind::Final, error: self.damaged(key, reason) };
         let (mut bytes, size_bytes) = match self.get_range(key, range.clone(), 1, buffers).await {
             Ok(found) => found,
             // A range beyond the end of a truncated object fails in as many ways as there are stores: ask for the length.
             Err(failure) if failure.kind == FailureKind::Unknown => match self.size_bytes(key).await {
-                Ok(size) if size != object_bytes => (Bytes::new(), size),
+                Ok(size) if size != *object_bytes => (Bytes::new(), size),
                 Ok(_) => self.get_range(key, range.clone(), TRIES, buffers).await?,
                 Err(failure) => return Err(failure),
             },
             Err(failure) => return Err(failure),
         };
-        if size_bytes != object_bytes {
+        if size_bytes != *object_bytes {
             return Err(wrong(format!("it has {size_bytes} bytes, but it was written with {object_bytes}")));
         }
-        let mut found = Sha256Digest::of(&bytes);
+        let mut found = expected.same_kind_of(&bytes);
         // Bytes can be spoilt on their way too: the object is called damaged only if they are wrong twice.
-        if found != expected {
+        if found != *expected {
             bytes = self.get_range(key, range.clone(), TRIES, buffers).await?.0;
-            found = Sha256Digest::of(&bytes);
+            found = expected.same_kind_of(&bytes);
         }
-        if found != expected {
+        if found != *expected {
             return Err(wrong(format!(
-                "its bytes {} to {} have SHA-256 {found}, but they were written with {expected}",
+                "its bytes {} to {} have {found}, but they were written with {expected}",
                 range.start, range.end
             )));
         }
@@ -343,8 +358,9 @@ impl Backend {
             Err(failure) => return Err(failure.error),
         }
         let buffers = Buffers::default();
-        for (index, digest) in fingerprint.chunks.iter().enumerate() {
-            match self.get_chunk(key, fingerprint.bytes, CHUNK_BYTES, index, *digest, &buffers).await {
+        for index in 0..fingerprint.chunks.count() {
+            let chunk = ChunkRef::new(key, fingerprint.bytes, CHUNK_BYTES, index, &fingerprint.chunks);
+            match self.get_chunk(&chunk, &buffers).await {
                 Ok(_) => {}
                 Err(failure) if failure.kind == FailureKind::Absent => return Ok(None),
                 Err(failure) if failure.error.is_damage() => return Ok(Some(false)),

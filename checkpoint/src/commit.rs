@@ -147,7 +147,7 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
                 }
             }
         }
-        shards.push(ObjectRecord { key: part.key, bytes: part.bytes, sha256: part.sha256 });
+        shards.push(ObjectRecord { key: part.key, bytes: part.bytes, chunks: part.chunks });
     }
     tensors.values_mut().for_each(|tensor| tensor.slices.sort_by_key(|slice| (slice.start_numel, slice.end_numel)));
     Ok(Manifest {

@@ -1,6 +1,6 @@
 //! Digests of a checkpoint's values: equal for equal values, however many ranks wrote them and wherever they are cut.
 
-use crate::{chunk::Sha256Digest, error::CheckpointError, manifest::TensorEntry, reader::CheckpointReader};
+use crate::{chunk::Digest, error::CheckpointError, manifest::TensorEntry, reader::CheckpointReader};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ pub struct TensorDigest {
     /// Shape.
     pub shape: Vec<usize>,
     /// Digest of its values in little-endian row-major order.
-    pub sha256: Sha256Digest,
+    pub sha256: Digest,
 }
 
 /// Digests of the sections (`model`, `ema`, `adamw`, …: the part of a name before its first `/`). A section's digest is
@@ -23,7 +23,7 @@ pub struct TensorDigest {
 ///
 /// # Errors
 /// As [`CheckpointReader::read_f32`].
-pub fn section_digests(reader: &CheckpointReader) -> Result<BTreeMap<String, Sha256Digest>, CheckpointError> {
+pub fn section_digests(reader: &CheckpointReader) -> Result<BTreeMap<String, Digest>, CheckpointError> {
     digests(reader, |_| {})
 }
 
@@ -34,7 +34,7 @@ pub fn section_digests(reader: &CheckpointReader) -> Result<BTreeMap<String, Sha
 #[allow(clippy::type_complexity)]
 pub fn all_digests(
     reader: &CheckpointReader,
-) -> Result<(BTreeMap<String, Sha256Digest>, Vec<TensorDigest>), CheckpointError> {
+) -> Result<(BTreeMap<String, Digest>, Vec<TensorDigest>), CheckpointError> {
     let mut tensors = Vec::new();
     let sections = digests(reader, |tensor| tensors.push(tensor))?;
     Ok((sections, tensors))
@@ -43,7 +43,7 @@ pub fn all_digests(
 fn digests(
     reader: &CheckpointReader,
     mut each: impl FnMut(TensorDigest),
-) -> Result<BTreeMap<String, Sha256Digest>, CheckpointError> {
+) -> Result<BTreeMap<String, Digest>, CheckpointError> {
     let mut sections: BTreeMap<&str, Sha256> = BTreeMap::new();
     for (name, tensor) in &reader.manifest().tensors {
         let section = sections.entry(name.split('/').next().unwrap_or(name)).or_default();
@@ -52,13 +52,9 @@ fn digests(
             section.update(bytes);
             own.update(bytes);
         })?;
-        each(TensorDigest {
-            name: name.clone(),
-            shape: tensor.shape.clone(),
-            sha256: Sha256Digest(own.finalize().into()),
-        });
+        each(TensorDigest { name: name.clone(), shape: tensor.shape.clone(), sha256: Digest(own.finalize().into()) });
     }
-    Ok(sections.into_iter().map(|(name, hash)| (name.to_owned(), Sha256Digest(hash.finalize().into()))).collect())
+    Ok(sections.into_iter().map(|(name, hash)| (name.to_owned(), Digest(hash.finalize().into()))).collect())
 }
 
 fn visit(

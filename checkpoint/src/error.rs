@@ -83,7 +83,7 @@ pub enum CheckpointError {
     },
     /// An intact object of a format version that this build does not know.
     #[error(
-        "{url}: `{key}` has format version {found}, this build reads version {supported}; use the Ditharos that wrote it or a newer one"
+        "{url}: `{key}` has format version {found}, this build reads versions up to {supported}; use the Ditharos that wrote it or a newer one"
     )]
     UnknownVersion {
         /// Redacted URL of the run folder.
@@ -92,7 +92,7 @@ pub enum CheckpointError {
         key: String,
         /// The version in the object.
         found: u64,
-        /// The version of this build.
+        /// The newest version that this build reads.
         supported: u64,
     },
     /// Another process took over the run, or wrote other bytes under the same name: stop, nothing of it was changed.

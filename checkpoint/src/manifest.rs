@@ -2,7 +2,7 @@
 
 use crate::{
     backend::Backend,
-    chunk::Sha256Digest,
+    chunk::ChunkDigests,
     error::CheckpointError,
     keys,
     sealed::{Format, unseal},
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
-pub(crate) const FORMAT: Format = Format { name: "ditharos-checkpoint", version: 1 };
+pub(crate) const FORMAT: Format = Format { name: "ditharos-checkpoint", version: 2 };
 /// Chunk lengths that a reader accepts. The writer uses [`crate::CHUNK_BYTES`].
 const CHUNK_BYTES_RANGE: std::ops::RangeInclusive<u64> = 4096..=64 << 20;
 const MAX_NAME_BYTES: usize = 512;
@@ -86,7 +86,8 @@ pub struct ObjectRecord {
     /// Length in bytes.
     pub bytes: u64,
     /// One digest per chunk, in order; the last chunk may be shorter.
-    pub sha256: Vec<Sha256Digest>,
+    #[serde(flatten)]
+    pub chunks: ChunkDigests,
 }
 
 /// A tensor and where its elements are.
@@ -179,11 +180,11 @@ impl Manifest {
             ));
         }
         let chunks = shard.bytes.div_ceil(self.chunk_bytes);
-        if shard.sha256.len() as u64 != chunks {
+        if shard.chunks.count() as u64 != chunks {
             return Err(format!(
                 "the shard `{shown}` of {} bytes has {} chunk digests; expected {chunks}",
                 shard.bytes,
-                shard.sha256.len()
+                shard.chunks.count()
             ));
         }
         Ok(())

@@ -1,8 +1,9 @@
 //! Verified reads. Only the chunks that a request touches are read, and each is checked before a byte of it is used.
 
 use crate::{
-    backend::Backend,
+    backend::{Backend, ChunkRef},
     error::CheckpointError,
+    load::{Job, Nothing, Target, load},
     local::Buffers,
     manifest::{Dtype, Manifest, TensorEntry},
     runtime,
@@ -11,7 +12,7 @@ use crate::{
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     ops::Range,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -34,22 +35,21 @@ pub struct CheckpointReader {
     cache: Mutex<VecDeque<(ChunkId, Bytes)>>,
 }
 
-/// One piece of a read: elements `start_numel .. start_numel + out.len()` of a tensor go to `out`.
+/// One piece of a read: elements of a tensor from `start_numel` on go to `out`, as many as it has.
 #[derive(Debug)]
-pub struct ReadInto<'a> {
+pub struct ReadInto<'a, T> {
     /// Name with its section.
     pub name: &'a str,
     /// First element.
     pub start_numel: usize,
     /// Where they go.
-    pub out: &'a mut [f32],
+    pub out: T,
 }
 
 /// Bytes of a chunk that a request wants.
 struct Piece {
     chunk: ChunkId,
     in_chunk: Range<usize>,
-    request: usize,
     /// Where they go in the request's own bytes.
     at_bytes: usize,
 }
@@ -101,9 +101,10 @@ impl CheckpointReader {
     /// [`CheckpointError::BadRead`] (no such tensor, not f32, beyond its end); [`CheckpointError::Damaged`] and
     /// [`CheckpointError::Missing`] name the shard; store errors.
     pub fn read_f32(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>, CheckpointError> {
-        self.tensor(name, Some(Dtype::F32), &range)?;
+        let tensor = self.tensor(name, Some(Dtype::F32), &range)?;
         let mut out = self.allocate(name, range.len())?;
-        self.read_into(&mut [ReadInto { name, start_numel: range.start, out: &mut out }])?;
+        let to = bytemuck::cast_slice_mut(&mut out);
+        self.fetch(self.plan(tensor, range), |at_bytes, bytes| to[at_bytes..][..bytes.len()].copy_from_slice(bytes))?;
         Ok(out)
     }
 
@@ -119,18 +120,22 @@ impl CheckpointReader {
     /// Many pieces in one go: every chunk is read once, several at a time. The way to load a rank's share.
     ///
     /// # Errors
-    /// As [`CheckpointReader::read_f32`]; what the outputs hold is then unspecified.
-    pub fn read_into(&self, requests: &mut [ReadInto<'_>]) -> Result<(), CheckpointError> {
-        let mut pieces = Vec::new();
-        for (index, request) in requests.iter().enumerate() {
-            let range = request.start_numel..request.start_numel.saturating_add(request.out.len());
-            let tensor = self.tensor(request.name, Some(Dtype::F32), &range)?;
-            self.plan(tensor, range, index, &mut pieces);
+    /// As [`CheckpointReader::read_f32`]; what the targets hold is then unspecified.
+    pub fn read_into<T: Target>(&self, requests: Vec<ReadInto<'_, T>>) -> Result<(), CheckpointError> {
+        let mut by_chunk: BTreeMap<ChunkId, Vec<(Range<usize>, T)>> = BTreeMap::new();
+        for ReadInto { name, start_numel, mut out } in requests {
+            let range = start_numel..start_numel.saturating_add(out.values_mut().len());
+            let tensor = self.tensor(name, Some(Dtype::F32), &range)?;
+            for Piece { chunk, in_chunk, .. } in self.plan(tensor, range) {
+                let target = out.split_to(in_chunk.len() / Dtype::F32.element_bytes());
+                by_chunk.entry(chunk).or_default().push((in_chunk, target));
+            }
         }
-        self.fetch(pieces, |request, at_bytes, bytes| {
-            let out = &mut requests[request].out[at_bytes / 4..][..bytes.len() / 4];
-            bytemuck::cast_slice_mut(out).copy_from_slice(bytes);
-        })
+        let jobs = by_chunk.into_iter().map(|(chunk, mut wanted)| {
+            wanted.sort_by_key(|(range, _)| range.start);
+            Job { chunk: chunk_ref(&self.manifest, chunk), wanted }
+        });
+        runtime::wait(load(&self.backend, jobs.collect::<Vec<_>>()))
     }
 
     /// Verifies a part (number, of how many) of the chunks that hold nothing of the tensors that `is_read` names. When every such
@@ -142,11 +147,9 @@ impl CheckpointReader {
         if let Some(error) = &self.unsound {
             return Err(error.clone());
         }
-        let mut pieces = Vec::new();
-        for (_, tensor) in self.manifest.tensors.iter().filter(|(name, _)| is_read(name)) {
-            self.plan(tensor, 0..tensor.numel(), 0, &mut pieces);
-        }
-        let read: HashSet<ChunkId> = pieces.iter().map(|piece| piece.chunk).collect();
+        let tensors = self.manifest.tensors.iter().filter(|(name, _)| is_read(name));
+        let pieces = tensors.flat_map(|(_, tensor)| self.plan(tensor, 0..tensor.numel()));
+        let read: HashSet<ChunkId> = pieces.map(|piece| piece.chunk).collect();
         let (number, of) = part;
         let others = all_chunks(&self.manifest).filter(|chunk| !read.contains(chunk));
         let share = others.enumerate().filter(|(index, _)| index % of == number).map(|(_, chunk)| chunk);
@@ -157,9 +160,8 @@ impl CheckpointReader {
     pub(crate) fn read_bytes(&self, name: &str, range: Range<usize>) -> Result<Vec<u8>, CheckpointError> {
         let tensor = self.tensor(name, None, &range)?;
         let mut out = self.allocate(name, range.len() * tensor.dtype.element_bytes())?;
-        let mut pieces = Vec::new();
-        self.plan(tensor, range, 0, &mut pieces);
-        self.fetch(pieces, |_, at_bytes, bytes| out[at_bytes..][..bytes.len()].copy_from_slice(bytes))?;
+        let pieces = self.plan(tensor, range);
+        self.fetch(pieces, |at_bytes, bytes| out[at_bytes..][..bytes.len()].copy_from_slice(bytes))?;
         Ok(out)
     }
 
@@ -193,7 +195,8 @@ impl CheckpointReader {
     }
 
     /// Where the elements `range` lie. The manifest was checked: all of this is inside shards, elements never cross chunks.
-    fn plan(&self, tensor: &TensorEntry, range: Range<usize>, request: usize, pieces: &mut Vec<Piece>) {
+    fn plan(&self, tensor: &TensorEntry, range: Range<usize>) -> Vec<Piece> {
+        let mut pieces = Vec::new();
         let element_bytes = tensor.dtype.element_bytes();
         let chunk_bytes = self.manifest.chunk_bytes;
         let first = tensor.slices.partition_point(|slice| slice.end_numel <= range.start);
@@ -207,19 +210,16 @@ impl CheckpointReader {
                 let piece_end = stop.min((index + 1) * chunk_bytes);
                 let in_chunk = (at - index * chunk_bytes) as usize..(piece_end - index * chunk_bytes) as usize;
                 let taken = in_chunk.len();
-                pieces.push(Piece { chunk: (slice.shard, index as usize), in_chunk, request, at_bytes });
+                pieces.push(Piece { chunk: (slice.shard, index as usize), in_chunk, at_bytes });
                 at_bytes += taken;
                 at = piece_end;
             }
         }
+        pieces
     }
 
-    /// Reads the chunks of `pieces`, each once, and hands every piece's bytes to `sink(request, at_bytes, bytes)`.
-    fn fetch(
-        &self,
-        mut pieces: Vec<Piece>,
-        mut sink: impl FnMut(usize, usize, &[u8]) + Send,
-    ) -> Result<(), CheckpointError> {
+    /// Reads the chunks of `pieces`, each once, and hands every piece's bytes to `sink(at_bytes, bytes)`.
+    fn fetch(&self, mut pieces: Vec<Piece>, mut sink: impl FnMut(usize, &[u8]) + Send) -> Result<(), CheckpointError> {
         pieces.sort_by_key(|piece| piece.chunk);
         let mut missing = Vec::new();
         let mut found = Vec::new();
@@ -230,7 +230,7 @@ impl CheckpointReader {
             }
         }
         let mut deliver = |group: &[Piece], bytes: &Bytes| {
-            group.iter().for_each(|piece| sink(piece.request, piece.at_bytes, &bytes[piece.in_chunk.clone()]));
+            group.iter().for_each(|piece| sink(piece.at_bytes, &bytes[piece.in_chunk.clone()]));
         };
         found.iter().for_each(|(group, bytes)| deliver(group, bytes));
         if missing.is_empty() {
@@ -268,36 +268,26 @@ fn chunks(
     manifest: &Manifest,
     wanted: Vec<ChunkId>,
 ) -> impl Stream<Item = Result<Bytes, CheckpointError>> + Send {
-    let chunk_bytes = manifest.chunk_bytes;
-    let wanted: Vec<_> = wanted
-        .into_iter()
-        .map(|(shard, index)| {
-            (
-                manifest.shards[shard].key.clone(),
-                manifest.shards[shard].bytes,
-                index,
-                manifest.shards[shard].sha256[index],
-            )
-        })
-        .collect();
+    let wanted: Vec<ChunkRef> = wanted.into_iter().map(|chunk| chunk_ref(manifest, chunk)).collect();
     let backend = Arc::clone(backend);
     let buffers = Buffers::default();
     futures::stream::iter(wanted)
-        .map(move |(key, object_bytes, index, expected)| {
+        .map(move |chunk| {
             let (backend, buffers) = (Arc::clone(&backend), buffers.clone());
-            let url = backend.url.clone();
-            let name = key.clone();
-            let task = tokio::spawn(async move {
-                backend.get_chunk(&key, object_bytes, chunk_bytes, index, expected, &buffers).await
-            });
+            let task = tokio::spawn(async move { backend.get_chunk(&chunk, &buffers).await });
             async move {
                 match task.await {
                     Ok(result) => result.map_err(CheckpointError::from),
-                    Err(e) => Err(CheckpointError::Store { url, operation: "read", key: name, reason: e.to_string() }),
+                    Err(e) => Err(CheckpointError::Runtime { reason: e.to_string() }),
                 }
             }
         })
         .buffered(IN_FLIGHT)
+}
+
+fn chunk_ref(manifest: &Manifest, (shard, index): ChunkId) -> ChunkRef {
+    let object = &manifest.shards[shard];
+    ChunkRef::new(&object.key, object.bytes, manifest.chunk_bytes, index, &object.chunks)
 }
 
 fn check(backend: &Backend, manifest: &Manifest) -> Result<(), CheckpointError> {
@@ -312,10 +302,11 @@ pub(crate) async fn verify(backend: &Arc<Backend>, manifest: &Manifest) -> Resul
 
 fn all_chunks(manifest: &Manifest) -> impl Iterator<Item = ChunkId> {
     let objects = manifest.shards.iter().enumerate();
-    objects.flat_map(|(shard, object)| (0..object.sha256.len()).map(move |index| (shard, index)))
+    objects.flat_map(|(shard, object)| (0..object.chunks.count()).map(move |index| (shard, index)))
 }
 
 /// Reads chunks for their digests alone.
 async fn visit(backend: &Arc<Backend>, manifest: &Manifest, wanted: Vec<ChunkId>) -> Result<(), CheckpointError> {
-    chunks(backend, manifest, wanted).try_for_each(|_| async { Ok(()) }).await
+    let job = |chunk| Job::<Nothing> { chunk: chunk_ref(manifest, chunk), wanted: Vec::new() };
+    load(backend, wanted.into_iter().map(job).collect::<Vec<_>>()).await
 }

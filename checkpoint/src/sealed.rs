@@ -4,7 +4,7 @@
 //! the last 78 bytes are always `,"sha256":"` + 64 hexadecimal digits + `"}` + newline. The rule holds for every
 //! version of every sealed format, so that damage and a future version are never confused.
 
-use crate::{chunk::Sha256Digest, error::CheckpointError};
+use crate::{chunk::Digest, error::CheckpointError};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 const TRAILER_HEAD: &[u8] = b",\"sha256\":\"";
@@ -14,7 +14,7 @@ const TRAILER_BYTES: usize = TRAILER_HEAD.len() + 64 + TRAILER_TAIL.len();
 /// Longest sealed object that is written or read. Bounds what a damaged or hostile store can make us allocate.
 pub(crate) const MAX_SEALED_BYTES: u64 = 256 << 20;
 
-/// Name and version of a sealed format, its first two members.
+/// Name and version of a sealed format, its first two members. Versions from 1 to this one are read, this one is written.
 pub(crate) struct Format {
     pub name: &'static str,
     pub version: u64,
@@ -26,7 +26,7 @@ pub(crate) fn seal(body: &impl Serialize) -> Result<Vec<u8>, String> {
     if bytes.pop() != Some(b'}') {
         return Err("not a JSON object".to_owned());
     }
-    let digest = Sha256Digest::of(&bytes).to_string();
+    let digest = Digest::sha256(&bytes).to_string();
     bytes.extend_from_slice(TRAILER_HEAD);
     bytes.extend_from_slice(digest.as_bytes());
     bytes.extend_from_slice(TRAILER_TAIL);
@@ -54,14 +54,14 @@ pub(crate) fn unseal<T: DeserializeOwned>(
         .checked_sub(TRAILER_BYTES)
         .map(|at| bytes.split_at(at))
         .and_then(|(body, trailer)| Some((body, trailer.strip_prefix(TRAILER_HEAD)?.strip_suffix(TRAILER_TAIL)?)))
-        .and_then(|(body, hex)| Some((body, std::str::from_utf8(hex).ok()?.parse::<Sha256Digest>().ok()?)));
+        .and_then(|(body, hex)| Some((body, std::str::from_utf8(hex).ok()?.parse::<Digest>().ok()?)));
     let Some((body, expected)) = expected else {
         return Err(damaged(format!(
             "its {} bytes do not end with a digest: it is truncated or was edited",
             bytes.len()
         )));
     };
-    let found = Sha256Digest::of(body);
+    let found = Digest::sha256(body);
     if found != expected {
         return Err(damaged(format!("its content has SHA-256 {found}, but it was written with {expected}")));
     }
@@ -69,7 +69,7 @@ pub(crate) fn unseal<T: DeserializeOwned>(
     if head.format != format.name {
         return Err(damaged(format!("its format is `{}`, expected `{}`", head.format.escape_debug(), format.name)));
     }
-    if head.version != format.version {
+    if !(1..=format.version).contains(&head.version) {
         return Err(CheckpointError::UnknownVersion {
             url: url.to_owned(),
             key: key.to_owned(),

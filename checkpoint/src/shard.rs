@@ -8,7 +8,7 @@
 
 use crate::{
     backend::{Backend, Landed},
-    chunk::{Sha256Digest, fingerprint},
+    chunk::{ChunkDigests, fingerprint},
     error::CheckpointError,
     keys,
     manifest::{Dtype, check_name, checked_numel},
@@ -79,8 +79,8 @@ pub struct PartRecord {
     pub key: String,
     /// Length of the object.
     pub bytes: u64,
-    /// Digest of each chunk of [`crate::CHUNK_BYTES`].
-    pub sha256: Vec<Sha256Digest>,
+    /// Digests of its chunks of [`crate::CHUNK_BYTES`].
+    pub chunks: ChunkDigests,
     /// What it holds, in file order.
     pub tensors: Vec<SliceRecord>,
 }
@@ -167,7 +167,7 @@ async fn write_part(
     let (fingerprint, payload) = hashed.map_err(|e| CheckpointError::Runtime { reason: e.to_string() })?;
     let time_for_bytes = fingerprint.bytes * PARTS_IN_FLIGHT as u64;
     match backend.create(&key, payload, &fingerprint, time_for_bytes, false).await? {
-        Landed::Ours => Ok(PartRecord { key, bytes: fingerprint.bytes, sha256: fingerprint.chunks, tensors }),
+        Landed::Ours => Ok(PartRecord { key, bytes: fingerprint.bytes, chunks: fingerprint.chunks, tensors }),
         Landed::Theirs => Err(CheckpointError::Fenced {
             url: backend.url.clone(),
             attempt,

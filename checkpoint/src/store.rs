@@ -2,7 +2,7 @@
 
 use crate::{
     backend::Backend,
-    chunk::Sha256Digest,
+    chunk::Digest,
     error::CheckpointError,
     location::{self, Folder, Location},
     metric::MetricsCache,
@@ -47,7 +47,7 @@ pub struct RunStore {
     pub(crate) backend: Arc<Backend>,
     /// Attempts claimed through this value, with the digest of their record: a store whose create-if-absent has several
     /// winners is noticed when the record turns out to be another's.
-    pub(crate) claimed: Arc<Mutex<HashMap<u32, Sha256Digest>>>,
+    pub(crate) claimed: Arc<Mutex<HashMap<u32, Digest>>>,
     /// So that retention reads each manifest once.
     pub(crate) metrics: Arc<MetricsCache>,
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use checkpoint::{AttemptInfo, Commit, Dtype, F32Bytes, RunStore, Sha256Digest, ShardId, Slice, StoreOptions};
+use checkpoint::{AttemptInfo, Commit, Digest, Dtype, F32Bytes, RunStore, ShardId, Slice, StoreOptions};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
@@ -55,7 +55,7 @@ pub fn seed() -> Vec<u8> {
 fn sealed(json: &[u8]) -> Vec<u8> {
     let json = json.trim_ascii_end();
     let body = json.strip_suffix(b"}").unwrap_or(json);
-    [body, b",\"sha256\":\"", Sha256Digest::of(body).to_string().as_bytes(), b"\"}\n"].concat()
+    [body, b",\"sha256\":\"", Digest::sha256(body).to_string().as_bytes(), b"\"}\n"].concat()
 }
 
 /// A run with one commit of two ranks.

@@ -1,8 +1,8 @@
 //! Whatever happens to an object of a checkpoint, it is noticed, named, and the older checkpoint serves.
 
 use crate::world::*;
-use checkpoint::{CheckpointError, Manifest};
-use std::fs;
+use checkpoint::{CheckpointError, Manifest, RunStore, StoreOptions};
+use std::{fs, time::Duration};
 
 fn objects(manifest: &Manifest) -> Vec<String> {
     manifest.shards.iter().map(|shard| shard.key.clone()).chain([manifest.key()]).collect()
@@ -108,7 +108,7 @@ fn reads_verify_every_chunk_they_touch_and_touch_no_other() {
     let key = &manifest.shards[0].key;
     let original = fs::read(run.path.join(key)).unwrap();
     let big = &manifest.tensors["model/big"].slices[0];
-    assert_eq!(manifest.shards[0].sha256.len(), 3);
+    assert_eq!(manifest.shards[0].chunks.count(), 3);
     // Elements whose bytes begin in each of the three chunks.
     let in_chunk = |chunk: u64| ((chunk << 22) + (1 << 20)).saturating_sub(big.offset_bytes) as usize / 4;
     for bad_chunk in 0..3u64 {
@@ -119,18 +119,39 @@ fn reads_verify_every_chunk_they_touch_and_touch_no_other() {
         fs::write(run.path.join(key), bytes).unwrap();
         for chunk in 0..3u64 {
             let start = in_chunk(chunk).min(1500 * 1501 - 10);
-            let result = run.store.read(&manifest).read_f32("model/big", start..start + 10);
-            match result {
-                Err(error) => {
-                    assert!(chunk == bad_chunk && error.is_damage() && error.to_string().contains(key), "{error}")
-                }
-                Ok(values) => {
-                    assert_ne!(chunk, bad_chunk);
-                    assert_eq!(values[3], value(1, start + 3, 5));
+            let reader = run.store.read(&manifest);
+            let at_once = read_ranges(&reader, &[("model/big", start..start + 10)]).map(|mut found| found.remove(0));
+            for result in [reader.read_f32("model/big", start..start + 10), at_once] {
+                match result {
+                    Err(error) => {
+                        assert!(chunk == bad_chunk && error.is_damage() && error.to_string().contains(key), "{error}")
+                    }
+                    Ok(values) => {
+                        assert_ne!(chunk, bad_chunk);
+                        assert_eq!(values[3], value(1, start + 3, 5));
+                    }
                 }
             }
         }
     }
+}
+
+#[test]
+fn a_read_that_never_ends_is_left_behind() {
+    let run = file_run();
+    let attempt = claim(&run.store, None);
+    let manifest = save(&run.store, attempt, 5);
+    // Whoever opens a pipe that nobody writes waits, as on a network disk that is gone.
+    let shard = run.path.join(&manifest.shards[0].key);
+    fs::remove_file(&shard).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&shard).status().unwrap().success());
+    let options = StoreOptions { op_timeout: Duration::from_millis(300), ..StoreOptions::default() };
+    let store = RunStore::open_with(run.path.to_str().unwrap(), options).unwrap();
+    let error = read_ranges(&store.read(&manifest), &[("model/blocks.0.w", 0..1)]).unwrap_err();
+    let first = &manifest.shards[0].key;
+    assert!(matches!(&error, CheckpointError::Timeout { key, .. } if key == first), "{error}");
+    // Lets the thread go on, to the end of an empty file.
+    drop(fs::OpenOptions::new().write(true).open(&shard).unwrap());
 }
 
 #[test]

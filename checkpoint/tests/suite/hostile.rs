@@ -1,7 +1,7 @@
 //! Manifests that are intact by their digest and still not to be trusted, and manifests from the future.
 
 use crate::world::*;
-use checkpoint::{CheckpointError, Sha256Digest};
+use checkpoint::{CheckpointError, Digest};
 use serde_json::{Value, json};
 use std::fs;
 
@@ -24,7 +24,7 @@ fn sealed(mut object: Value) -> String {
     object.as_object_mut().unwrap().remove("sha256");
     let mut text = object.to_string();
     text.pop();
-    format!("{text},\"sha256\":\"{}\"}}\n", Sha256Digest::of(text.as_bytes()))
+    format!("{text},\"sha256\":\"{}\"}}\n", Digest::sha256(text.as_bytes()))
 }
 
 #[test]
@@ -32,6 +32,34 @@ fn the_test_itself_makes_manifests_that_are_accepted() {
     assert_eq!(with_manifest(|_| {}).unwrap(), (Some(20), String::new()));
     // Members that this version does not know are passed over.
     assert_eq!(with_manifest(|m| m["remark"] = json!("hello")).unwrap().0, Some(20));
+}
+
+#[test]
+fn checkpoints_of_format_version_1_are_read() {
+    let run = file_run();
+    let attempt = claim(&run.store, None);
+    let path = run.path.join(save(&run.store, attempt, 10).key());
+    let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert_eq!(manifest["version"], 2);
+    manifest["version"] = json!(1);
+    for shard in manifest["shards"].as_array_mut().unwrap() {
+        let bytes = fs::read(run.path.join(shard["key"].as_str().unwrap())).unwrap();
+        let chunks: Vec<String> = bytes.chunks(4 << 20).map(|chunk| Digest::sha256(chunk).to_string()).collect();
+        shard.as_object_mut().unwrap().remove("blake3");
+        shard["sha256"] = json!(chunks);
+    }
+    fs::write(&path, sealed(manifest.clone())).unwrap();
+    let (found, damaged) = run.store.newest_valid().unwrap().unwrap();
+    assert!(damaged.is_empty(), "{damaged:?}");
+    assert_holds(&run.store.read(&found), &small(), 10);
+    let all = read_ranges(&run.store.read(&found), &[("ema/blocks.0.w", 0..42)]).unwrap();
+    let index = small().iter().position(|(name, _)| *name == "ema/blocks.0.w").unwrap();
+    assert_eq!(all[0], values(index, &[6, 7], 10));
+    manifest["shards"][0]["sha256"][0] = json!(Digest::sha256(b"other").to_string());
+    fs::write(&path, sealed(manifest)).unwrap();
+    assert!(
+        run.store.verify(&run.store.manifest(&run.store.committed().unwrap()[0]).unwrap()).unwrap_err().is_damage()
+    );
 }
 
 #[test]
@@ -48,7 +76,7 @@ fn untrusted_numbers_and_paths_are_refused_with_their_names() {
         ("leads elsewhere", |m| m["shards"][0]["key"] = json!("checkpoints/step-000000020/a\\..\\b")),
         ("twice", |m| m["shards"][0]["key"] = m["shards"][1]["key"].clone()),
         ("chunk digests", |m| m["shards"][0]["bytes"] = json!(u64::MAX)),
-        ("chunk digests", |m| m["shards"][0]["sha256"] = json!([])),
+        ("chunk digests", |m| m["shards"][0]["blake3"] = json!([])),
         ("chunk_bytes", |m| m["chunk_bytes"] = json!(0)),
         ("chunk_bytes", |m| m["chunk_bytes"] = json!(u64::MAX)),
         ("chunk_bytes", |m| m["chunk_bytes"] = json!(4097)),
@@ -105,9 +133,9 @@ fn a_manifest_that_did_not_come_from_the_store_is_checked_too() {
 
 #[test]
 fn the_future_is_refused_politely_and_never_fallen_back_from() {
-    let error = with_manifest(|m| *m = json!({"format": "ditharos-checkpoint", "version": 2, "tensors": "otherwise"}))
+    let error = with_manifest(|m| *m = json!({"format": "ditharos-checkpoint", "version": 3, "tensors": "otherwise"}))
         .unwrap_err();
-    assert!(matches!(error, CheckpointError::UnknownVersion { found: 2, supported: 1, .. }), "{error}");
+    assert!(matches!(error, CheckpointError::UnknownVersion { found: 3, supported: 2, .. }), "{error}");
     let text = error.to_string();
     assert!(text.contains("manifest-0001.json") && text.contains("newer"), "{text}");
 }

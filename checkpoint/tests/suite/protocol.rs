@@ -1,9 +1,9 @@
 //! What is written is read back, by anyone, and nothing counts before its manifest.
 
 use crate::world::*;
-use checkpoint::{CheckpointError, F32Bytes, ReadInto, RunStore, ShardId, Slice, StoreOptions, digest};
+use checkpoint::{CheckpointError, F32Bytes, RunStore, ShardId, Slice, StoreOptions, digest};
 use safetensors::SafeTensors;
-use std::fs;
+use std::{fs, ops::Range};
 
 #[test]
 fn any_number_of_ranks_writes_what_any_other_reads() {
@@ -25,23 +25,24 @@ fn any_number_of_ranks_writes_what_any_other_reads() {
 
 #[test]
 fn ranges_that_cross_slices_and_chunks_are_read_in_one_go() {
-    let store = memory_run();
-    let attempt = claim(&store, None);
-    let manifest = store.commit(content(attempt, 5, write_all(&store, attempt, 5, 4, TENSORS))).unwrap();
-    assert!(manifest.tensors["model/big"].slices.len() > 2, "the test wants a tensor in several shards");
-    let reader = store.read(&manifest);
-    for readers in [3, 5] {
-        for rank in 0..readers {
-            let own = share(1500 * 1501, rank, readers);
-            let (mut big, mut bias) = (vec![0f32; own.len()], vec![0f32; 3]);
-            reader
-                .read_into(&mut [
-                    ReadInto { name: "model/big", start_numel: own.start, out: &mut big },
-                    ReadInto { name: "model/blocks.0.b", start_numel: 4, out: &mut bias },
-                ])
-                .unwrap();
-            assert!(own.clone().zip(&big).all(|(element, &found)| found == value(1, element, 5)));
-            assert_eq!(bias, [4, 5, 6].map(|element| value(2, element, 5)));
+    let folder = file_run();
+    for store in [&memory_run(), &folder.store] {
+        let attempt = claim(store, None);
+        let manifest = store.commit(content(attempt, 5, write_all(store, attempt, 5, 4, TENSORS))).unwrap();
+        assert!(manifest.tensors["model/big"].slices.len() > 2, "the test wants a tensor in several shards");
+        let reader = store.read(&manifest);
+        for readers in [1, 3, 5] {
+            for rank in 0..readers {
+                let own = share(1500 * 1501, rank, readers);
+                // Some of it twice, and some of nothing.
+                let ranges = [("model/big", own.clone()), ("model/blocks.0.b", 4..7), ("model/none", 0..0)];
+                let again = ("model/big", own.start + 5..own.end - 1);
+                let found = read_ranges(&reader, &[&ranges[..], std::slice::from_ref(&again)].concat()).unwrap();
+                let expected = |range: Range<usize>| range.map(|element| value(1, element, 5)).collect::<Vec<_>>();
+                assert!(found[0] == expected(own) && found[3] == expected(again.1));
+                assert_eq!(found[1], [4, 5, 6].map(|element| value(2, element, 5)));
+                assert!(found[2].is_empty());
+            }
         }
     }
 }
@@ -104,7 +105,7 @@ fn shards_are_safetensors_files_with_deterministic_bytes() {
     let other = run.store.write_shard(&id(2, 1), &[cut, whole]).unwrap();
     let bytes = fs::read(run.path.join(&record.parts[0].key)).unwrap();
     assert_eq!(bytes, fs::read(run.path.join(&other.parts[0].key)).unwrap());
-    assert_eq!((record.parts[0].bytes, &record.parts[0].sha256), (bytes.len() as u64, &other.parts[0].sha256));
+    assert_eq!((record.parts[0].bytes, &record.parts[0].chunks), (bytes.len() as u64, &other.parts[0].chunks));
 
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let le = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
@@ -145,9 +146,9 @@ fn digests_do_not_depend_on_the_layout() {
     assert_eq!(of(4, TENSORS), (sections.clone(), tensors.clone()));
     assert_eq!(sections.keys().collect::<Vec<_>>(), ["adamw", "ema", "model"]);
     let ema: Vec<u8> = values(5, &[6, 7], 7).iter().flat_map(|v| v.to_le_bytes()).collect();
-    assert_eq!(sections["ema"], checkpoint::Sha256Digest::of(&ema));
+    assert_eq!(sections["ema"], checkpoint::Digest::sha256(&ema));
     let adamw: Vec<u8> = [6, 7].iter().flat_map(|&i| values(i, &[6, 7], 7)).flat_map(f32::to_le_bytes).collect();
-    assert_eq!(sections["adamw"], checkpoint::Sha256Digest::of(&adamw));
+    assert_eq!(sections["adamw"], checkpoint::Digest::sha256(&adamw));
     assert_eq!(tensors.len(), TENSORS.len());
     let other = store.read(&save(&store, claim(&store, Some(7)), 8));
     assert_ne!(digest::section_digests(&other).unwrap()["ema"], sections["ema"]);

@@ -1,15 +1,18 @@
 //! A small model's state, ranks that write it, and the stores to write it to.
 
 use checkpoint::{
-    AttemptInfo, CheckpointError, CheckpointReader, Commit, F32Bytes, Manifest, RunStore, ShardId, ShardRecord, Slice,
-    StoreOptions,
+    AttemptInfo, CheckpointError, CheckpointReader, Commit, F32Bytes, Manifest, ReadInto, RunStore, ShardId,
+    ShardRecord, Slice, StoreOptions, Target,
 };
 use serde_json::json;
 use std::{
     fs,
     ops::Range,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 use tempfile::TempDir;
 
@@ -150,6 +153,56 @@ pub fn assert_holds(reader: &CheckpointReader, tensors: &[(&str, &[usize])], ste
         assert_eq!(reader.shape(name), Some(*shape), "{name}");
         assert_eq!(reader.read_all_f32(name).unwrap(), values(i, shape, step), "{name}");
     }
+}
+
+/// Where a read puts values; every piece of it, when it is let go.
+pub struct Shelf {
+    piece: Vec<f32>,
+    at: usize,
+    whole: Arc<Mutex<Vec<f32>>>,
+}
+
+impl Shelf {
+    /// Room for `numel` values, and where to look for them.
+    pub fn new(numel: usize) -> (Self, Arc<Mutex<Vec<f32>>>) {
+        let whole = Arc::new(Mutex::new(vec![f32::NAN; numel]));
+        (Self { piece: vec![f32::NAN; numel], at: 0, whole: whole.clone() }, whole)
+    }
+}
+
+impl Target for Shelf {
+    fn split_to(&mut self, numel: usize) -> Self {
+        let rest = self.piece.split_off(numel);
+        let at = self.at;
+        self.at += numel;
+        Self { piece: std::mem::replace(&mut self.piece, rest), at, whole: self.whole.clone() }
+    }
+
+    fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.piece
+    }
+}
+
+impl Drop for Shelf {
+    fn drop(&mut self) {
+        self.whole.lock().unwrap()[self.at..][..self.piece.len()].copy_from_slice(&self.piece);
+    }
+}
+
+/// Reads ranges of tensors in one go.
+pub fn read_ranges(
+    reader: &CheckpointReader,
+    ranges: &[(&str, Range<usize>)],
+) -> Result<Vec<Vec<f32>>, CheckpointError> {
+    let (requests, wholes): (Vec<_>, Vec<_>) = ranges
+        .iter()
+        .map(|(name, range)| {
+            let (out, whole) = Shelf::new(range.len());
+            (ReadInto { name, start_numel: range.start, out }, whole)
+        })
+        .unzip();
+    reader.read_into(requests)?;
+    Ok(wholes.into_iter().map(|whole| std::mem::take(&mut *whole.lock().unwrap())).collect())
 }
 
 /// Every file below a folder, relative to it, sorted.

@@ -2,7 +2,7 @@
 
 use super::bucket::{Bucket, Buckets, Entry, slice};
 use crate::ema::Average;
-use crate::ffi::{SnapshotMemory, values_mut};
+use crate::ffi::{SnapshotMemory, TensorTarget};
 use anyhow::{Context, Result, bail};
 use checkpoint::{CheckpointReader, F32Bytes, Manifest, ReadInto, RunStore, Slice};
 use std::collections::HashSet;
@@ -201,24 +201,21 @@ fn restore_all(reader: &CheckpointReader, targets: &[(&Section, &Bucket)]) -> Re
         target => Tensor::zeros_like(&target).to_device(Device::Cpu),
     };
     let owned: Vec<_> = targets.iter().map(|(section, bucket)| section.entries(bucket, &bucket.shard)).collect();
-    let mut hosts: Vec<Tensor> = targets.iter().map(|(section, bucket)| on_host(section, bucket)).collect();
+    let hosts: Vec<Tensor> = targets.iter().map(|(section, bucket)| on_host(section, bucket)).collect();
     let mut requests = Vec::new();
-    for (host, entries) in hosts.iter_mut().zip(&owned) {
-        // Entries ascend, so the shard can be cut into one output an entry; padding in between stays zero.
-        let (mut rest, mut position) = (values_mut(host), 0);
+    for (host, entries) in hosts.iter().zip(&owned) {
+        // Padding between entries stays zero.
         for entry in entries {
             let found = reader.shape(&entry.name);
             if found != Some(&entry.shape[..]) {
                 let (step, name) = (reader.manifest().step, &entry.name);
                 bail!("checkpoint of step {step}: `{name}` has shape {found:?}; expected {:?}", entry.shape);
             }
-            let (_, from_entry) = rest.split_at_mut(entry.range.start - position);
-            let (out, after) = from_entry.split_at_mut(entry.range.len());
+            let out = TensorTarget::new(host, entry.range.clone());
             requests.push(ReadInto { name: &entry.name, start_numel: entry.start_numel, out });
-            (rest, position) = (after, entry.range.end);
         }
     }
-    reader.read_into(&mut requests)?;
+    reader.read_into(requests)?;
     for ((section, bucket), host) in targets.iter().zip(&hosts) {
         let mut target = section.of(bucket);
         if target.device() != Device::Cpu {

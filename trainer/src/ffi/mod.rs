@@ -5,7 +5,7 @@ mod snapshot_memory;
 
 pub use host::{batch_memory, upload};
 pub use snapshot_memory::SnapshotMemory;
-pub(crate) use snapshot_memory::values_mut;
+pub(crate) use snapshot_memory::TensorTarget;
 
 use collective::nccl::StreamHandle;
 use collective::{Dtype, Place, Region};

@@ -1,4 +1,5 @@
 use super::{TorchError, checked, ditharos_copy, ditharos_snapshot_memory};
+use std::ops::Range;
 use std::sync::Mutex;
 use tch::{Device, Kind, Tensor};
 
@@ -100,11 +101,40 @@ fn values(tensor: &Tensor) -> &[f32] {
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
+/// Elements of a contiguous float32 tensor on the CPU, which a checkpoint is read into and nothing else touches meanwhile.
+pub(crate) struct TensorTarget {
+    /// Keeps the memory alive.
+    tensor: Tensor,
+    range: Range<usize>,
+}
+
+impl TensorTarget {
+    /// `range` of the elements of `tensor`. Targets of one tensor do not overlap.
+    pub fn new(tensor: &Tensor, range: Range<usize>) -> Self {
+        Self { tensor: tensor.shallow_clone(), range }
+    }
+}
+
+impl checkpoint::Target for TensorTarget {
+    fn split_to(&mut self, numel: usize) -> Self {
+        let start = self.range.start;
+        self.range.start += numel;
+        Self::new(&self.tensor, start..start + numel)
+    }
+
+    fn values_mut(&mut self) -> &mut [f32] {
+        check(&self.tensor);
+        let all = self.tensor.numel();
+        let Range { start, end } = self.range;
+        assert!(start <= end && end <= all, "elements {start} to {end} of a tensor of {all}");
+        // SAFETY: inside contiguous float32 CPU memory that the tensor keeps alive; ranges of one tensor are disjoint, and
+        // nothing else uses it before the read has ended (`restore_all`), or ever, where a read is left behind.
+        unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr().cast::<f32>().add(start), end - start) }
+    }
+}
+
 /// The values of a contiguous float32 tensor on the CPU.
-///
-/// # Panics
-/// When the tensor is not that: a mistake in this crate.
-pub(crate) fn values_mut(tensor: &mut Tensor) -> &mut [f32] {
+fn values_mut(tensor: &mut Tensor) -> &mut [f32] {
     check(tensor);
     // SAFETY: as in `values`; the caller has the only tensor of this storage that anybody reads or writes meanwhile.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
