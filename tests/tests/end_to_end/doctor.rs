@@ -22,7 +22,10 @@ fn a_machine_and_a_run_that_are_sound_are_called_so_by_one_process_and_by_all_ra
     for rank in all["ranks"].as_array().unwrap() {
         let names: Vec<&str> =
             rank["findings"].as_array().unwrap().iter().map(|found| found["what"].as_str().unwrap()).collect();
-        assert_eq!(names, ["libtorch", "GPU", "threads", "memory", "data", "store", "disk", "clocks", "network"]);
+        assert_eq!(
+            names,
+            ["libtorch", "GPU", "threads", "memory", "data", "store", "disk", "programs", "clocks", "network"]
+        );
     }
     // Nothing is left of what was tried.
     let left: Vec<_> = std::fs::read_dir(experiment.path("run/probes")).into_iter().flatten().collect();

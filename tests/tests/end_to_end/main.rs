@@ -15,6 +15,7 @@ mod interop;
 mod mixing;
 mod nodes;
 mod objectives;
+mod preflight;
 mod reduction;
 mod same_bits;
 mod sampling;

@@ -3,6 +3,7 @@
 use super::ranks::{ConfigArgs, together};
 use crate::engine::agree::{Agreed, agree};
 use crate::engine::data::{open_data, warnings};
+use crate::engine::preflight::same_programs;
 use crate::ffi;
 use anyhow::{Context, Result};
 use checkpoint::RunStore;
@@ -66,10 +67,24 @@ pub fn doctor(args: &DoctorArgs) -> Result<i32> {
         if collective.world_size() == 1 {
             mine.push(mpirun());
         } else {
-            mine.extend([clocks(collective)?, bandwidth(collective)?]);
+            mine.extend([programs(config, collective)?, clocks(collective)?, bandwidth(collective)?]);
         }
         report(args.json, mine, collective)
     })
+}
+
+/// Whether all ranks are the same build with the same config; rank 0 tells.
+fn programs(config: Option<&RunConfig>, collective: &dyn Collective) -> Result<Finding> {
+    const WHAT: &str = "programs";
+    match same_programs(collective, config) {
+        Ok(()) => Ok(Finding::ok(WHAT, "trainer, libtorch and config are the same on all ranks")),
+        Err(error) => match error.downcast::<Agreed>()? {
+            Agreed { rank, reason } if collective.rank() == 0 => {
+                Ok(Finding::problem(WHAT, format!("rank {rank}: {reason}"), "give every node the same files"))
+            }
+            _ => Ok(Finding::ok(WHAT, "rank 0 tells")),
+        },
+    }
 }
 
 fn libtorch() -> Finding {

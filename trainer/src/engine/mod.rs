@@ -16,6 +16,7 @@ pub mod groups;
 pub mod initial;
 pub mod mesh;
 pub mod optimizer;
+pub mod preflight;
 pub mod rank;
 pub mod ranks;
 pub mod reducer;

@@ -1,6 +1,6 @@
 //! Sets up one rank: the only place of construction order.
 
-use super::agree::{Agreed, agree, decided_by_rank_0};
+use super::agree::{agree, decided_by_rank_0};
 use super::between::BetweenSteps;
 use super::bucket::Buckets;
 use super::data::{Data, damage_policy, open_data, row_order, skip_budget, warnings};
@@ -12,6 +12,7 @@ use super::fid::Fid;
 use super::grid::SampleGrid;
 use super::mesh::Mesh;
 use super::optimizer::Optimizer;
+use super::preflight;
 use super::requests::Requests;
 use super::saver::{SaveOptions, Saver};
 use super::start::{Initialised, load_initial, record_origin, record_world_size, resume};
@@ -92,15 +93,16 @@ impl Rank {
     /// before config, data set and checkpoint are known to fit together.
     ///
     /// # Errors
-    /// [`Agreed`] where all ranks know it, so that one of them can say it; others concern this rank alone.
+    /// [`Agreed`](super::agree::Agreed) where all ranks know it, so that one of them can say it; others concern this rank alone.
     pub fn set_up(config: RunConfig, collective: Arc<dyn Collective>) -> Result<Self> {
         let stop = StopFlag::install().context("installing signal handlers")?;
         let grace = limit_stop(&config, &stop, &collective)?;
+        preflight::same_programs(&*collective, Some(&config))?;
         let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
         let Prepared { recipe, device, sources, mesh, store } = prepared;
         let collective = connect(collective, device)?;
         let mut record = recipe.record(&config);
-        compare_records(&*collective, &record)?;
+        preflight::same_experiment(&*collective, &config, &record, device)?;
         let model = agree(&*collective, recipe.build_model().map_err(Into::into))?;
         let mut optimizer = agree(&*collective, Optimizer::of_config(&config, &*model).map_err(Into::into))?;
         let drawer = agree(&*collective, Drawer::from_config(&config, &recipe, model.clone(), device))?;
@@ -209,14 +211,6 @@ impl Prepared {
         let store = RunStore::open_with(&config.run.url, options).context("`run.url`")?;
         Ok(Self { recipe, device, sources, mesh, store })
     }
-}
-
-/// Refuses to start unless all ranks have read the same config and found the same files.
-fn compare_records(collective: &dyn Collective, record: &Value) -> Result<()> {
-    let all = collective.gather_bytes(record.to_string().as_bytes()).context("agreeing on the start")?;
-    let Some(rank) = all.iter().position(|other| *other != all[0]) else { return Ok(()) };
-    let reason = "it has read another config or found other data files than rank 0; are they still being written?";
-    Err(Agreed { rank, reason: reason.to_owned() }.into())
 }
 
 /// Ends the run when a stop request is not answered by a committed checkpoint in time: the scheduler would, without a word.

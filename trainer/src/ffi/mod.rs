@@ -1,8 +1,10 @@
 //! What `tch` lacks, through a small C++ file over the same libtorch. The only `unsafe` code on tensors.
 
+mod build_id;
 mod host;
 mod snapshot_memory;
 
+pub use build_id::identity;
 pub use host::{batch_memory, upload};
 pub use snapshot_memory::SnapshotMemory;
 pub(crate) use snapshot_memory::TensorTarget;
@@ -52,6 +54,7 @@ unsafe extern "C" {
     fn ditharos_allocate_storage(tensor: *mut C_tensor) -> *mut c_char;
     fn ditharos_free_storage(tensor: *mut C_tensor) -> *mut c_char;
     fn ditharos_set_deterministic(tf32: bool) -> *mut c_char;
+    fn ditharos_cpu_capability() -> *mut c_char;
     fn ditharos_load_cuda() -> *mut c_char;
     fn ditharos_current_stream(device: c_int, stream: *mut *mut c_void) -> *mut c_char;
 }
@@ -196,6 +199,20 @@ pub(crate) fn free_storage(tensor: &Tensor) -> Result<(), TorchError> {
 pub fn set_deterministic(tf32: bool) -> Result<(), TorchError> {
     // SAFETY: no pointers.
     checked(unsafe { ditharos_set_deterministic(tf32) })
+}
+
+/// The vector instructions that libtorch's own CPU kernels use, such as `AVX512`.
+pub fn cpu_capability() -> String {
+    // SAFETY: no arguments; a NUL-terminated string from strdup, or null without memory, which is freed once, here.
+    unsafe {
+        let name = ditharos_cpu_capability();
+        if name.is_null() {
+            return String::new();
+        }
+        let text = CStr::from_ptr(name).to_string_lossy().into_owned();
+        ditharos_free(name);
+        text
+    }
 }
 
 /// Maps libtorch's CUDA half where a driver is present.

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -120,6 +121,9 @@ char* ditharos_set_deterministic(bool tf32) {
     context.setAllowTF32CuDNN(tf32);
   });
 }
+
+// The name of the CPU kernels that libtorch chose; the caller frees it with ditharos_free.
+char* ditharos_cpu_capability() { return strdup(at::get_cpu_capability().c_str()); }
 
 // The linker drops libtorch_cuda because nothing names its symbols; where a driver is present it is mapped here.
 // Returns nullptr when mapped, else why not.
