@@ -1,7 +1,10 @@
 //! Four nodes: network namespaces of this machine with links that can be cut. `./dev test --nodes` runs them, one at a time.
 
+mod kills;
+
 use crate::experiment::{Experiment, Ran, finish, run_ok, start, wait_until};
 use crate::stopping::has_checkpoint;
+use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 
@@ -14,21 +17,29 @@ fn nodes(words: &[&str]) -> String {
     String::from_utf8(ran.stdout).unwrap()
 }
 
-/// The nodes dn0 to dn3, as long as it lives.
-struct Nodes;
+/// The nodes dn0 to dn3, as long as it lives. This machine has them once, for whichever tests of whichever clone.
+struct Nodes {
+    _lock: File,
+}
 
 impl Nodes {
     fn up() -> Self {
+        let lock = File::create(std::env::temp_dir().join("ditharos-nodes.lock")).unwrap();
+        lock.lock().unwrap();
         nodes(&["down"]);
         nodes(&["up", "4"]);
-        Self
+        Self { _lock: lock }
     }
 
     /// The launcher on dn0, with one rank a node.
     fn launcher(&self, experiment: &Experiment, run: &str, options: &[&str]) -> Command {
+        self.launcher_with(experiment, run, &LONG, options)
+    }
+
+    fn launcher_with(&self, experiment: &Experiment, run: &str, overrides: &[&str], options: &[&str]) -> Command {
         let cluster = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster");
         let shell = format!("cluster.remote_shell={:?}", cluster.join("node-shell"));
-        let overrides = [&LONG[..], &["cluster.interface=eth0", &shell]].concat();
+        let overrides = [overrides, &["cluster.interface=eth0", &shell]].concat();
         let inner = experiment.launcher(1, run, &overrides);
         let mut command = Command::new(cluster.join("nodes"));
         command.args(["run", "dn0"]).arg(inner.get_program()).args(inner.get_args());
