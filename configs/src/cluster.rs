@@ -23,6 +23,8 @@ pub struct ClusterConfig {
     pub bind: Bind,
     /// How often the launcher starts a failed group again by itself; `None`: it decides.
     pub restarts: Option<u32>,
+    /// Seconds without a sign of life after which the launcher gives a rank up and ends the group; 0: it waits for ever.
+    pub silence_s: u64,
     /// What a Slurm job asks for.
     pub slurm: SlurmConfig,
     /// What an MPIJob asks for.

@@ -9,6 +9,11 @@ pub const EVENTS_VARIABLE: &str = "DITHAROS_EVENTS";
 /// See [`EVENTS_VARIABLE`].
 pub const EVENTS_STDOUT: &str = "stdout";
 
+/// Whether the launcher has asked for events, and heartbeats.
+pub fn is_launcher_listening() -> bool {
+    std::env::var(EVENTS_VARIABLE).is_ok_and(|value| value == EVENTS_STDOUT)
+}
+
 /// One line. `time` is in seconds since the Unix epoch; a float that is not finite is written as `null`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]

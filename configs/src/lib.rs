@@ -13,12 +13,15 @@
 //! | [`resume`] | which keys differ between two configs in a way that makes another experiment |
 //! | [`sampler`] | the samplers by name |
 //! | [`events`] | the JSON lines that a run writes |
+//! | [`beat`] | the heartbeats of ranks |
+//! | [`phases`] | what the step loop is at |
 //! | [`spans`] | who was at what and when, for a trace |
 //! | [`validation`] | held-out loss, and the metrics that checkpoints are chosen by |
 //! | [`fid`] | Fréchet distance during training |
 //! | [`cache`] | where bytes of remote data sets are kept |
 //! | [`exit`] | the exit codes of the programs |
 
+pub mod beat;
 pub mod cache;
 pub mod cluster;
 mod columns;
@@ -31,6 +34,7 @@ pub mod lanes;
 mod load;
 pub mod location;
 mod overrides;
+pub mod phases;
 pub mod presets;
 mod reader;
 pub mod resume;

@@ -55,6 +55,7 @@ fn what_is_left_out_takes_the_documented_default() {
         (0, 40, 50, 1.5)
     );
     assert_eq!((config.collective.timeout_s, config.cluster.nodes, config.cluster.procs_per_node), (600, 1, None));
+    assert_eq!(config.cluster.silence_s, 30);
     assert_eq!(config.global_batch(), 128);
 }
 

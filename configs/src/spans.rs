@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use crate::phases::{self, Phase};
+
 /// The most spans that are kept; later ones are only counted.
 const MAX_SPANS: usize = 200_000;
 
@@ -68,8 +70,16 @@ pub fn end() -> Recorded {
 /// A span from now until the value is dropped.
 #[must_use = "the span ends when this is dropped"]
 pub fn span(track: Track, name: &'static str, number: impl Into<Option<u64>>) -> Open {
-    let open = ON.load(Ordering::Relaxed).then(|| (track, name, number.into(), Instant::now()));
-    Open(open)
+    let span = ON.load(Ordering::Relaxed).then(|| (track, name, number.into(), Instant::now()));
+    Open { span, outer: None }
+}
+
+/// A span of the step loop that is a phase of the run, for [`phases`]; the one around it goes on when it ends.
+#[must_use = "the span ends when this is dropped"]
+pub fn phase(phase: Phase, name: &'static str, number: impl Into<Option<u64>>) -> Open {
+    let mut open = span(Track::Compute, name, number);
+    open.outer = phases::enter(phase);
+    open
 }
 
 /// A span whose times are known.
@@ -88,14 +98,19 @@ fn keep(span: Span) {
     }
 }
 
-/// A span that has not ended; see [`span`].
-pub struct Open(Option<(Track, &'static str, Option<u64>, Instant)>);
+/// A span that has not ended; see [`span`] and [`phase`].
+pub struct Open {
+    span: Option<(Track, &'static str, Option<u64>, Instant)>,
+    /// The phase around it.
+    outer: Option<Phase>,
+}
 
 impl Drop for Open {
     fn drop(&mut self) {
-        if let Some((track, name, number, begin)) = self.0.take() {
+        if let Some((track, name, number, begin)) = self.span.take() {
             record(track, name, number, begin, Instant::now());
         }
+        self.outer.take().map(phases::enter);
     }
 }
 

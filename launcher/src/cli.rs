@@ -51,6 +51,9 @@ pub struct Cli {
     /// Steps to trace [default: 20].
     #[arg(long, value_name = "N", requires = "trace", value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub trace_steps: Option<u64>,
+    /// Append to this file, every second or less often with many ranks, where every rank is and how the run goes: a JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    pub status_file: Option<PathBuf>,
     /// Print the plan and start nothing.
     #[arg(long)]
     pub dry_run: bool,

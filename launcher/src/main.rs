@@ -1,7 +1,7 @@
 //! `launcher`: plans a run, starts its ranks on an engine, watches them until they end.
 //!
 //! Reading order: [`cli`] (what was typed) → [`plan`] (who computes what; pure) → [`cluster`] (the command that starts
-//! it) → [`runner`] (again, if it fails) → [`supervise`] (watching it) → exit code. The launcher knows no tensors; it runs the `trainer` that lies beside
+//! it) → [`runner`] (again, if it fails) → [`supervise`] (watching it; [`status`] keeps what it sees) → exit code. The launcher knows no tensors; it runs the `trainer` that lies beside
 //! its own executable.
 
 mod cli;
@@ -9,10 +9,12 @@ mod cluster;
 mod machine;
 mod plan;
 mod runner;
+mod status;
 mod supervise;
 
 use std::io::{ErrorKind, Write};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
@@ -23,6 +25,7 @@ use crate::cluster::{ClusterError, Handover, Start, TrainerCall};
 use crate::machine::Machine;
 use crate::plan::{Plan, PlanError};
 use crate::runner::Runner;
+use crate::status::Status;
 
 fn main() -> ExitCode {
     if supervise::run_as_guard_if_asked() {
@@ -52,7 +55,8 @@ fn run(cli: &Cli) -> anyhow::Result<i32> {
     match start? {
         Start::Engine(_) => {
             trainer.check()?;
-            Runner { config: &config, request, trainer: &trainer }.run(cli.restarts)
+            let status = Arc::new(Status::new(cli.status_file.as_deref())?);
+            Runner { config: &config, request, trainer: &trainer, status }.run(cli.restarts)
         }
         Start::Handover(handover) => hand_over(&handover),
     }

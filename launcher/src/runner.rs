@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -11,6 +12,7 @@ use crate::cli::Nodes;
 use crate::cluster::{self, Start, TrainerCall};
 use crate::machine::Machine;
 use crate::plan::{Job, Plan, Request};
+use crate::status::Status;
 use crate::supervise::{Ending, Supervisor, say};
 
 /// Restarts of `--nodes A..B` where nothing else is said.
@@ -29,6 +31,7 @@ pub struct Runner<'a> {
     pub config: &'a RunConfig,
     pub request: Request,
     pub trainer: &'a TrainerCall,
+    pub status: Arc<Status>,
 }
 
 impl Runner<'_> {
@@ -37,7 +40,9 @@ impl Runner<'_> {
     /// # Errors
     /// Too few machines answer, or the engine cannot be started.
     pub fn run(&self, restarts: Option<u32>) -> anyhow::Result<i32> {
-        let supervisor = Supervisor::new()?;
+        let silence_s = self.config.cluster.silence_s;
+        let silence = (silence_s > 0).then(|| Duration::from_secs(silence_s));
+        let supervisor = Supervisor::new(self.status.clone(), silence)?;
         let is_range = self.request.nodes.is_some_and(|nodes| nodes.least < nodes.most);
         let budget = restarts.or(self.config.cluster.restarts);
         let mut history = History::new(budget.unwrap_or(if is_range { RESTARTS_OF_A_RANGE } else { 0 }));

@@ -21,6 +21,7 @@ pub(super) fn read(r: &mut Reader) -> ClusterConfig {
             .unwrap_or_else(|| "ssh".to_owned()),
         bind: r.choice("cluster.bind", &[("none", Bind::None), ("core", Bind::Core)], Bind::None),
         restarts: r.optional_integer("cluster.restarts", 0..=1_000_000).map(|restarts| restarts as u32),
+        silence_s: r.integer("cluster.silence_s", 0..=86_400, 30),
         slurm: slurm(r),
         kubernetes: kubernetes(r),
     }

@@ -1,5 +1,7 @@
 //! Which rank failed, and how: from the ranks' own error lines and from what mpirun says about them.
 
+use std::time::Duration;
+
 use configs::exit;
 use nix::sys::signal::Signal;
 
@@ -33,6 +35,8 @@ pub struct Faults {
     said: Vec<(usize, String)>,
     /// First machine that the engine has lost.
     lost_node: Option<String>,
+    /// The rank that was given up because nothing was heard of it for so long.
+    silent: Option<(usize, Duration)>,
     /// Lines of mpirun's message that is being received.
     message: Option<Vec<String>>,
 }
@@ -41,6 +45,28 @@ impl Faults {
     /// Some rank has failed.
     pub fn any(&self) -> bool {
         self.ended.is_some() || !self.said.is_empty() || self.lost_node.is_some()
+    }
+
+    /// Nothing has been heard of a rank for so long that it is given up; what fails from now on is the consequence.
+    pub fn rank_silent(&mut self, rank: usize, time: Duration) {
+        self.silent.get_or_insert((rank, time));
+    }
+
+    /// The rank that [`Faults::describe`] names first.
+    pub fn culprit(&self) -> Option<usize> {
+        if let Some((rank, _)) = self.silent {
+            return Some(rank);
+        }
+        match (self.ended, self.said.first()) {
+            _ if self.lost_node.is_some() => None,
+            (Some((rank, Some(Ended::Signal(_)))), _) | (Some((rank, _)), None) => Some(rank),
+            (_, said) => said.map(|(speaker, _)| *speaker),
+        }
+    }
+
+    /// The machine that [`Faults::describe`] names.
+    pub fn lost_node(&self) -> Option<&str> {
+        self.lost_node.as_deref().filter(|_| self.silent.is_none())
     }
 
     /// Takes a stderr line of a rank. Error lines begin with `trainer: error:` (or `trainer:`); warnings and notes say so.
@@ -97,6 +123,12 @@ impl Faults {
     /// A rank that was killed says nothing, so mpirun's word counts; otherwise the rank that complained first is the
     /// cause, even if another one, which lost its partner, ended before it.
     pub fn describe(&self) -> Option<String> {
+        if let Some((rank, time)) = self.silent {
+            let time = time.as_secs();
+            return Some(format!(
+                "rank {rank} gave no sign of life for {time} s: it is stopped, or its machine or link is down"
+            ));
+        }
         if let Some(node) = &self.lost_node {
             return Some(format!("node {node} is lost: it is down, or the link to it is"));
         }
@@ -279,6 +311,17 @@ mod tests {
             faults.describe().unwrap(),
             "rank 1 failed: part.parquet: cut off; rank 0 ended first (exit code 1)"
         );
+        assert_eq!(faults.culprit(), Some(1));
+    }
+
+    #[test]
+    fn a_silent_rank_is_the_cause_of_what_follows() {
+        let mut faults = Faults::default();
+        faults.rank_silent(2, Duration::from_secs(31));
+        faults.rank_line(0, "trainer: error: rank 2 is gone");
+        faults.rank_ended(1, Ended::Signal(15));
+        assert!(faults.describe().unwrap().starts_with("rank 2 gave no sign of life for 31 s: it is stopped"));
+        assert_eq!((faults.culprit(), faults.lost_node()), (Some(2), None));
     }
 
     #[test]
@@ -288,5 +331,6 @@ mod tests {
         faults.rank_ended(1, Ended::Signal(9));
         faults.rank_ended(0, Ended::Exit(1));
         assert_eq!(faults.describe().unwrap(), "rank 1 failed (killed by signal 9 (SIGKILL))");
+        assert_eq!(faults.culprit(), Some(1));
     }
 }

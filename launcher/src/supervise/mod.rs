@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use configs::beat::Beat;
 use configs::events::Event;
 use nix::sys::signal::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
@@ -26,6 +27,7 @@ pub use guard::run_if_asked as run_as_guard_if_asked;
 
 use crate::cluster::{EngineCommand, Output};
 use crate::plan::{Job, Plan};
+use crate::status::Status;
 use console::Console;
 use demux::Line;
 use engine::Engine;
@@ -42,6 +44,14 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// handlers up, the request would kill it.
 const START_UP: Duration = Duration::from_secs(20);
 
+/// While ranks live, how often the launcher looks after them.
+const TICK: Duration = Duration::from_secs(1);
+/// A launcher that looks so late was stopped itself, or could not write; what it has not heard since is nobody's silence.
+const LATE: Duration = Duration::from_secs(5);
+
+/// How a rank complains that an operation of all ranks did not end in time.
+const OUT_OF_TIME: &str = "did not complete within";
+
 /// What the threads tell the loop.
 enum Report {
     Line(Line),
@@ -57,6 +67,9 @@ enum Report {
 pub struct Supervisor {
     /// Receives what the launcher is told by signals.
     signals: Arc<Mutex<Listener>>,
+    status: Arc<Status>,
+    /// See `cluster.silence_s`.
+    silence: Option<Duration>,
 }
 
 /// Who hears of signals: the run under way.
@@ -68,11 +81,12 @@ struct Listener {
 }
 
 impl Supervisor {
-    /// From here on no signal ends the launcher by itself: none can while an engine exists.
+    /// From here on no signal ends the launcher by itself: none can while an engine exists. What is seen of runs goes to `status`;
+    /// a rank that is silent for longer than `silence` is given up.
     ///
     /// # Errors
     /// When the system refuses handlers or a thread.
-    pub fn new() -> anyhow::Result<Supervisor> {
+    pub fn new(status: Arc<Status>, silence: Option<Duration>) -> anyhow::Result<Supervisor> {
         let listener = Arc::new(Mutex::new(Listener::default()));
         let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).context("cannot set signal handlers up")?;
         let told = listener.clone();
@@ -86,7 +100,7 @@ impl Supervisor {
             })
         };
         std::thread::Builder::new().name("signals".to_owned()).spawn(work).context("cannot start a thread")?;
-        Ok(Supervisor { signals: listener })
+        Ok(Supervisor { signals: listener, status, silence })
     }
 
     /// Somebody has asked the launcher to stop.
@@ -103,8 +117,9 @@ impl Supervisor {
     pub fn run(&self, command: &EngineCommand, plan: &Plan) -> anyhow::Result<Ending> {
         let (sender, reports) = sync_channel(1024);
         lock(&self.signals).run = Some(sender.clone());
+        self.status.starting(plan);
         let engine = Engine::start(command, &sender)?;
-        let mut watch = Watch::new(engine, command.output, plan);
+        let mut watch = Watch::new(engine, command.output, plan, self);
         while !watch.is_over() {
             let report = match watch.deadline() {
                 Some(deadline) => reports.recv_timeout(deadline.saturating_duration_since(Instant::now())),
@@ -142,6 +157,10 @@ pub struct Ending {
 /// The state of a watched run.
 struct Watch {
     engine: Engine,
+    status: Arc<Status>,
+    silence: Option<Duration>,
+    /// Since the first heartbeat, when the ranks were last looked after.
+    ticked: Option<Instant>,
     output: Output,
     console: Console,
     faults: Faults,
@@ -172,10 +191,13 @@ enum Stop {
 }
 
 impl Watch {
-    fn new(engine: Engine, output: Output, plan: &Plan) -> Watch {
+    fn new(engine: Engine, output: Output, plan: &Plan, supervisor: &Supervisor) -> Watch {
         let steps = plan.steps;
         Watch {
             engine,
+            status: supervisor.status.clone(),
+            silence: supervisor.silence,
+            ticked: None,
             output,
             job: plan.job,
             console: Console::new(steps),
@@ -212,7 +234,8 @@ impl Watch {
             // Killed: if even that does not end it, try again now and then.
             Some(_) => Some(Instant::now() + TERM_TO_KILL),
         };
-        [stop, end].into_iter().flatten().min()
+        let tick = self.ticked.map(|when| when + TICK);
+        [stop, end, tick].into_iter().flatten().min()
     }
 
     fn take(&mut self, report: Report) {
@@ -231,6 +254,7 @@ impl Watch {
 
     fn take_line(&mut self, line: Line) {
         match line.rank {
+            Some(rank) if !line.is_stderr && Beat::is_in(&line.text) => self.take_beat(rank, &line.text),
             Some(0) if !line.is_stderr => match Event::parse(&line.text) {
                 Some(event) => self.take_event(&event),
                 None => self.console.line(&line),
@@ -249,8 +273,19 @@ impl Watch {
         }
     }
 
+    fn take_beat(&mut self, rank: usize, line: &str) {
+        let now = Instant::now();
+        // A broken one says nothing.
+        let Some(beat) = Beat::parse(line) else { return };
+        self.ticked.get_or_insert(now);
+        for said in self.status.beat(rank, beat, now) {
+            self.console.say(&format!("launcher: {said}"));
+        }
+    }
+
     fn take_event(&mut self, event: &Event) {
         self.is_started = true;
+        self.status.event(event);
         match event {
             Event::Start { resumed_from, .. } => self.saved_step = *resumed_from,
             Event::Checkpoint { step, .. } | Event::Stop { step, .. } => self.saved_step = Some(*step),
@@ -292,8 +327,11 @@ impl Watch {
             self.engine.signal(Signal::SIGUSR1);
             self.stop = Stop::Sent;
         }
+        if self.ticked.is_some_and(|when| now >= when + TICK) {
+            self.tick(now);
+        }
         if self.fault_seen.is_none() && self.faults.any() {
-            self.fault_seen = Some(now);
+            self.see_fault(now);
         }
         if self.fault_seen.is_some_and(|when| now >= when + AFTER_FAULT) {
             self.force("a rank had failed and the others did not end");
@@ -302,6 +340,29 @@ impl Watch {
             self.engine.kill_all();
             self.is_killed = true;
         }
+    }
+
+    /// Looks after the ranks that have shown a sign of life.
+    fn tick(&mut self, now: Instant) {
+        if self.ticked.replace(now).is_some_and(|when| now >= when + LATE) {
+            self.status.forgive(now);
+        }
+        self.status.tick(now);
+        self.console.ranks(|most| self.status.lines(most, now));
+        let is_over = self.forced.is_some() || self.faults.any();
+        let limit = self.silence.filter(|_| !is_over);
+        let silent = limit.and_then(|limit| Some((self.status.silent(limit, now)?, limit)));
+        if let Some((rank, limit)) = silent {
+            self.faults.rank_silent(rank, limit);
+            self.see_fault(now);
+            self.force("a rank was silent");
+        }
+    }
+
+    /// Something is wrong. What ends the ranks wakes them up, so where they are from now on says nothing about the cause.
+    fn see_fault(&mut self, now: Instant) {
+        self.fault_seen = Some(now);
+        self.status.keep_places(now);
     }
 
     fn force(&mut self, why: &'static str) {
@@ -316,6 +377,7 @@ impl Watch {
         for text in self.faults.finish() {
             self.console.line(&Line { rank: None, is_stderr: true, text });
         }
+        let place = self.place_of_fault();
         self.console.finish();
         self.engine.finish();
         let end = End {
@@ -329,8 +391,21 @@ impl Watch {
             fault: self.faults.describe(),
             saved_step: self.saved_step,
         };
-        let (code, text) = end.verdict();
+        let cause = end.cause();
+        let (code, text) = end.at(place).verdict();
         say(&format!("launcher: {text}"));
-        Ending { code, cause: end.cause(), saved_step: self.saved_step }
+        self.status.ended(code, &text, Instant::now());
+        Ending { code, cause, saved_step: self.saved_step }
+    }
+
+    /// Where the rank at fault, or the ranks of the lost machine, were when that was noticed.
+    fn place_of_fault(&self) -> Option<String> {
+        if let Some(node) = self.faults.lost_node() {
+            return self.status.places_on(node);
+        }
+        let rank = self.faults.culprit()?;
+        // Who complains that another did not come is not the one.
+        let in_vain = self.faults.describe().is_some_and(|fault| fault.contains(OUT_OF_TIME));
+        in_vain.then(|| self.status.waited_for(rank)).flatten().or_else(|| self.status.place(rank))
     }
 }

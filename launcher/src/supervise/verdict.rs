@@ -40,6 +40,15 @@ impl End {
         }
     }
 
+    /// The same with the place of the fault in its words.
+    pub fn at(self, place: Option<String>) -> End {
+        let fault = match (self.fault, place) {
+            (Some(fault), Some(place)) => Some(format!("{fault}; {place}")),
+            (fault, _) => fault,
+        };
+        End { fault, ..self }
+    }
+
     /// What went wrong: the rank or node, or else the engine.
     pub fn cause(&self) -> String {
         self.fault.clone().unwrap_or_else(|| format!("the engine ended: {}", self.ended))
@@ -161,6 +170,17 @@ mod tests {
             assert_eq!(end(ended).verdict().0, exit::FAILED, "{ended}");
         }
         assert_eq!(End { forced: Some("asked twice"), is_done: true, ..end(Ended::Exit(0)) }.verdict().0, exit::FAILED);
+    }
+
+    #[test]
+    fn the_place_of_a_fault_is_in_the_last_line_and_not_in_what_tells_failures_apart() {
+        let end = End { fault: Some("rank 1 failed".into()), ..end(Ended::Exit(3)) };
+        assert_eq!(end.cause(), "rank 1 failed");
+        let (_, text) = end.at(Some("it was on dn1 at step 7 in phase data".into())).verdict();
+        assert!(
+            text.starts_with("rank 1 failed; it was on dn1 at step 7 in phase data; all ranks were ended"),
+            "{text}"
+        );
     }
 
     #[test]

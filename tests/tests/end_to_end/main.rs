@@ -26,4 +26,5 @@ mod stopping;
 mod telemetry;
 mod trace;
 mod validation;
+mod watching;
 mod when;

@@ -105,6 +105,8 @@ fn without_a_node_that_was_cut_off_the_run_goes_on_to_the_same_bits() {
         "{}",
         ran.text()
     );
+    let lost = ran.stderr.lines().find(|line| line.contains("node dn2 is lost")).unwrap();
+    assert!(lost.contains("rank 2 was on dn2 at step ") && lost.contains(" in phase "), "{lost}");
     assert_eq!(world_sizes(&experiment, "run"), [4, 2]);
     assert_eq!(experiment.digest("run"), reference);
 }

@@ -6,7 +6,7 @@ use crate::engine::rank::Rank;
 use crate::engine::run::{Outcome, run};
 use crate::engine::saver::SaveFailed;
 use crate::engine::stepper::StepError;
-use crate::telemetry::{Trace, TraceArgs};
+use crate::telemetry::{Heartbeat, Trace, TraceArgs};
 use anyhow::Result;
 use collective::Collective;
 use configs::spans::{Track, span};
@@ -37,6 +37,7 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let collective = collective::from_environment(Duration::from_secs(config.collective.timeout_s))?;
     let collective: Arc<dyn Collective> = collective.into();
+    let _heartbeat = Heartbeat::start(collective.world_size());
     let outcome = Trace::begin(&args.trace, &*collective).and_then(|trace| {
         let mut rank = {
             let _setting_up = span(Track::Compute, "set up", None);

@@ -12,6 +12,8 @@ use anyhow::Result;
 use configs::WhenBusy;
 use configs::events::{Event, now};
 use configs::location::redact;
+use configs::phases::{self, Phase};
+use configs::spans::phase;
 use data_loader::BrokenGroup;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -47,6 +49,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
     }
     let is_due = |step: u64, every: u64| every > 0 && (step.is_multiple_of(every) || step == steps);
     let done = rank.resumed_from.unwrap_or(0);
+    phases::enter(Phase::Between);
     if std::mem::take(&mut rank.put_off) {
         rank.look(done, &|every| is_due(done, every))?;
     }
@@ -109,6 +112,7 @@ impl Rank {
 
     /// Does what is due between this step and the next; gives what was measured of the weights.
     fn look(&mut self, step: u64, due: &dyn Fn(u64) -> bool) -> Result<BTreeMap<String, f64>> {
+        let _looking = phase(Phase::Evaluate, "look", step);
         let mut metrics = BTreeMap::new();
         let between = std::mem::take(&mut self.between);
         for task in between.iter().filter(|task| due(task.every_steps())) {

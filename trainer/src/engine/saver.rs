@@ -8,7 +8,8 @@ use super::stop::StopFlag;
 use anyhow::{Context, Result, anyhow};
 use checkpoint::{Commit, Manifest, Retention, RunStore, ShardId, ShardRecord};
 use collective::Collective;
-use configs::spans::{Track, span};
+use configs::phases::Phase;
+use configs::spans::{Track, phase, span};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -157,7 +158,7 @@ impl Saver {
     pub fn save(&mut self, save: Save) -> Result<Option<Saved>> {
         let earlier = self.finish()?;
         let Save { step, stepper, mut metrics, put_off, record, requests } = save;
-        let _copying = span(Track::Compute, "snapshot", step);
+        let _copying = phase(Phase::Checkpoint, "snapshot", step);
         self.snapshot.take(&stepper.buckets, Instant::now() + self.upload_timeout)?;
         let (rank, world_size) = (self.collective.rank(), self.collective.world_size());
         let (result, shard) = Awaited::new();
@@ -184,6 +185,10 @@ impl Saver {
     /// # Errors
     /// What made any rank's upload or the commit fail, on every rank.
     pub fn finish(&mut self) -> Result<Option<Saved>> {
+        if self.under_way().is_none() {
+            return Ok(None);
+        }
+        let _waiting = phase(Phase::Checkpoint, "wait for the checkpoint", self.step);
         if let State::Uploading { shard, .. } = &mut self.state {
             wait_together(&*self.collective, |pause| shard.is_done(pause))?;
             self.collect()?;

@@ -4,7 +4,8 @@ use super::stepper::{StepError, StepReport, Stepper};
 use super::tape::{Backward, Tape};
 use crate::ffi;
 use crate::model::Flow;
-use configs::spans::{Track::Compute, span};
+use configs::phases::{self, Phase};
+use configs::spans::{Track::Compute, phase, span};
 use data_loader::{DataError, MicroBatch, MicroBatchStream};
 use std::time::{Duration, Instant};
 
@@ -48,14 +49,15 @@ impl Stepper {
     /// # Errors
     /// [`StepError`]; nothing was updated then.
     pub fn step(&mut self, step: u64, batches: &mut dyn Batches, signal: u32) -> Result<StepReport, StepError> {
-        let _step = span(Compute, "step", step);
+        phases::begin_step(step);
+        let _step = phase(Phase::Forward, "step", step);
         let mut data_wait = Duration::ZERO;
         let mut losses = Vec::with_capacity(self.experiment.mesh.lanes_per_rank());
         let mut used = Vec::with_capacity(self.experiment.mesh.lanes_per_rank());
         for lane in self.experiment.mesh.lanes_of_rank() {
             let asked = Instant::now();
             let batch = {
-                let _waiting = span(Compute, "wait for data", lane as u64);
+                let _waiting = phase(Phase::Data, "wait for data", lane as u64);
                 self.data(step, batches.next())?
             };
             data_wait += asked.elapsed();
@@ -71,6 +73,7 @@ impl Stepper {
             losses.push(loss);
             used.push(batch);
         }
+        phases::enter(Phase::Reduce);
         let grads = self.gradients.finish();
         let grads = self.wire(step, "reduce", grads)?;
         let broken: Vec<_> = used.iter().flat_map(|batch| batch.broken.iter().cloned()).collect();
@@ -86,7 +89,7 @@ impl Stepper {
         }
         // `agree` has waited for the device.
         used.into_iter().for_each(|batch| batches.recycle(batch));
-        let _updating = span(Compute, "update", None);
+        let _updating = phase(Phase::Update, "update", None);
         let updated = self.optimizer.update(&self.buckets.0, &grads, step, report.grad_norm);
         self.torch(step, "update", updated)?;
         let published = self.weights.publish(&self.buckets.0);
@@ -111,7 +114,7 @@ impl Stepper {
 
     /// Runs the chain backwards; gradients travel while the next segment computes.
     fn backward(&mut self, step: u64, mut backward: Backward) -> Result<(), StepError> {
-        let _backward = span(Compute, "backward", None);
+        let _backward = phase(Phase::Backward, "backward", None);
         for index in (0..self.buckets.0.len()).rev() {
             let whole = self.weights.acquire(&self.buckets.0, index);
             self.weights_of(step, "backward", whole)?;

@@ -1,6 +1,7 @@
 //! How gradients cross the wire, and what of that the step loop had to wait for.
 
 use collective::{CollectiveError, Pending};
+use configs::phases::Phase;
 use configs::spans::{self, Track};
 use configs::{Reduction, ReductionDtype, RunConfig};
 use std::time::{Duration, Instant};
@@ -71,7 +72,7 @@ impl WireClock {
     ) -> Result<(), CollectiveError> {
         let asked = Instant::now();
         let done = {
-            let _waiting = spans::span(Track::Compute, "wait for the wire", index as u64);
+            let _waiting = spans::phase(Phase::Reduce, "wait for the wire", index as u64);
             pending.wait_timed(deadline)?
         };
         self.waited += asked.elapsed();

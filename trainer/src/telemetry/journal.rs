@@ -1,6 +1,6 @@
 use super::run_files::{RunFiles, RunFilesError};
 use super::tensorboard::TensorBoard;
-use configs::events::{EVENTS_STDOUT, EVENTS_VARIABLE, Event};
+use configs::events::{Event, is_launcher_listening};
 use std::fs::File;
 use std::io::Write;
 
@@ -45,7 +45,7 @@ impl Journal {
     /// [`RunFilesError`].
     pub fn open(url: &str, attempt: u32, done: u64, tensorboard: bool) -> Result<Self, RunFilesError> {
         let files = RunFiles::open(url, &[LOG])?;
-        let json = std::env::var(EVENTS_VARIABLE).is_ok_and(|value| value == EVENTS_STDOUT);
+        let json = is_launcher_listening();
         let mut sinks: Vec<Box<dyn LogSink>> = vec![Box::new(JsonLines::open(&files)?), Box::new(Stdout { json })];
         if tensorboard {
             sinks.push(Box::new(TensorBoard::create(&files, attempt, done)?));
