@@ -54,9 +54,19 @@ pub struct Cli {
     /// Append to this file, every second or less often with many ranks, where every rank is and how the run goes: a JSON object a line.
     #[arg(long, value_name = "FILE")]
     pub status_file: Option<PathBuf>,
-    /// Print the plan and start nothing.
+    /// Print the plan and start nothing: who computes what, whether it fits, how long it will take. `launcher plan …` is the same.
     #[arg(long)]
     pub dry_run: bool,
+    /// Plan for machines with so many GPUs each, whatever is here.
+    #[arg(long, value_name = "G", requires = "dry_run", value_parser = clap::value_parser!(u32).range(1..))]
+    pub gpus: Option<u32>,
+    /// Predict times and fit for a100, h100, cpu or a file with the keys of estimate/src/hardware.toml [default: what is here; a100
+    /// for a GPU of another name].
+    #[arg(long, value_name = "NAME|FILE", requires = "dry_run")]
+    pub hardware: Option<String>,
+    /// Time the training step on this machine for the prediction; takes seconds to a minute.
+    #[arg(long, requires = "dry_run", conflicts_with = "gpus")]
+    pub measure: bool,
     /// Print the plan as JSON.
     #[arg(long, requires = "dry_run")]
     pub json: bool,
@@ -164,7 +174,23 @@ fn host(text: &str) -> Result<String, String> {
     }
 }
 
+/// `launcher plan …` spelled out: `launcher --dry-run …`.
+pub fn spelled_out(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = arguments.into_iter().collect();
+    if let Some(first) = arguments.get_mut(1).filter(|first| *first == "plan") {
+        *first = "--dry-run".into();
+    }
+    arguments
+}
+
 impl Cli {
+    /// What `--set` and `--gpus` change in the config.
+    pub fn overrides(&self) -> Vec<String> {
+        let gpus =
+            self.gpus.iter().flat_map(|gpus| [format!("cluster.gpus_per_node={gpus}"), "train.device=cuda".to_owned()]);
+        self.set.iter().cloned().chain(gpus).collect()
+    }
+
     /// The part of the command line that the plan depends on.
     ///
     /// # Errors
@@ -222,6 +248,16 @@ mod tests {
         std::fs::write(&file, "# nobody\n").unwrap();
         assert!(read_hosts(&file).unwrap_err().to_string().contains("names no host"));
         assert!(host("--mca").is_err() && host("a b").is_err() && host("").is_err());
+    }
+
+    #[test]
+    fn plan_is_a_dry_run_and_gpus_are_those_of_the_machines_to_plan_for() {
+        let cli = |words: &str| Cli::try_parse_from(spelled_out(words.split(' ').map(OsString::from)));
+        let plan = cli("launcher plan --config c --nodes 4 --gpus 8 --set train.steps=9 --json").unwrap();
+        assert!(plan.dry_run && plan.json && plan.command.is_none());
+        assert_eq!(plan.overrides(), ["train.steps=9", "cluster.gpus_per_node=8", "train.device=cuda"]);
+        assert!(!cli("launcher --config plan").unwrap().dry_run, "a file of that name");
+        assert!(cli("launcher --config c --gpus 8").unwrap_err().to_string().contains("--dry-run"));
     }
 
     #[test]

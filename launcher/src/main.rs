@@ -1,16 +1,18 @@
 //! `launcher`: plans a run, starts its ranks on an engine, watches them until they end.
 //!
-//! Reading order: [`cli`] (what was typed) → [`plan`] (who computes what; pure) → [`cluster`] (the command that starts
+//! Reading order: [`cli`] (what was typed) → [`plan`] (who computes what; pure) and [`forecast`] (what that will take) → [`cluster`] (the command that starts
 //! it) → [`runner`] (again, if it fails) → [`supervise`] (watching it; [`status`] keeps what it sees) → exit code. The launcher knows no tensors; it runs the `trainer` that lies beside
 //! its own executable.
 
 mod cli;
 mod cluster;
+mod forecast;
 mod machine;
 mod plan;
 mod runner;
 mod status;
 mod supervise;
+mod topology;
 
 use std::io::{ErrorKind, Write};
 use std::process::{Command, ExitCode, Stdio};
@@ -19,9 +21,11 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::Parser;
 use configs::{ConfigError, RunConfig, exit};
+use estimate::HardwareError;
 
 use crate::cli::Cli;
 use crate::cluster::{ClusterError, Handover, Start, TrainerCall};
+use crate::forecast::{Asked, Forecast};
 use crate::machine::Machine;
 use crate::plan::{Plan, PlanError};
 use crate::runner::Runner;
@@ -31,7 +35,7 @@ fn main() -> ExitCode {
     if supervise::run_as_guard_if_asked() {
         return ExitCode::SUCCESS;
     }
-    let code = run(&Cli::parse()).unwrap_or_else(|error| {
+    let code = run(&Cli::parse_from(cli::spelled_out(std::env::args_os()))).unwrap_or_else(|error| {
         supervise::say(&format!("launcher: {error:#}"));
         code_of(&error)
     });
@@ -39,14 +43,15 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<i32> {
-    let config = RunConfig::load(&cli.config, &cli.set)?;
+    let config = RunConfig::load(&cli.config, &cli.overrides())?;
     let request = cli.request()?;
     let plan = Plan::new(&config, &request, &Machine::this_host())?;
     let trainer = TrainerCall::new(cli)?;
     let start = cluster::for_plan(&plan, &config).start(&plan, &trainer);
     if cli.dry_run {
         // A plan is worth seeing even where something is missing for its start; it touches no store and no host.
-        return match plan::show(&plan, start.as_ref(), cli.json) {
+        let forecast = Forecast::new(&config, &plan, &Asked::of(cli)?)?;
+        return match plan::show(&plan, start.as_ref(), forecast.as_ref(), cli.json) {
             // Who has read enough of it closes the pipe.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(exit::OK),
             shown => Ok(shown.map(|()| exit::OK)?),
@@ -84,6 +89,9 @@ fn hand_over(Handover { text, submit }: &Handover) -> anyhow::Result<i32> {
 
 /// Mistakes of the caller are told from failures of the run: repeating the same command would be useless.
 fn code_of(error: &anyhow::Error) -> i32 {
-    let usage = error.is::<ConfigError>() || error.is::<PlanError>() || error.is::<ClusterError>();
+    let usage = error.is::<ConfigError>()
+        || error.is::<PlanError>()
+        || error.is::<ClusterError>()
+        || error.is::<HardwareError>();
     if usage { exit::USAGE } else { exit::FAILED }
 }

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use crate::cli::{Nodes, Via};
 use crate::cluster::{ClusterError, Start};
+use crate::forecast::Forecast;
 use crate::machine::Machine;
 
 /// What the ranks are started for.
@@ -273,11 +274,26 @@ fn join(sizes: &[usize]) -> String {
     sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
 
+/// A dozen at most: the smallest and the largest.
+fn short(sizes: &[usize]) -> String {
+    match sizes {
+        [first @ .., _, _, _] if sizes.len() > 12 => {
+            format!("{} … {}", join(&first[..8]), join(&sizes[sizes.len() - 3..]))
+        }
+        _ => join(sizes),
+    }
+}
+
 /// Prints the plan, as a table or as one JSON object with the engine's command.
 ///
 /// # Errors
 /// When the output cannot be written.
-pub fn show(plan: &Plan, start: Result<&Start, &ClusterError>, as_json: bool) -> std::io::Result<()> {
+pub fn show(
+    plan: &Plan,
+    start: Result<&Start, &ClusterError>,
+    forecast: Option<&Forecast>,
+    as_json: bool,
+) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     let argv = start.map(Start::shown);
     let handover = start.ok().and_then(|start| match start {
@@ -290,6 +306,7 @@ pub fn show(plan: &Plan, start: Result<&Start, &ClusterError>, as_json: bool) ->
         value["env"] = json!(start.ok().map(|start| start.env().iter().cloned().collect::<BTreeMap<_, _>>()));
         value["handover"] = json!(handover);
         value["missing"] = json!(start.err().map(ToString::to_string));
+        forecast.iter().for_each(|forecast| forecast.add_to(&mut value));
         return writeln!(out, "{value:#}");
     }
     match plan.job {
@@ -307,7 +324,7 @@ pub fn show(plan: &Plan, start: Result<&Start, &ClusterError>, as_json: bool) ->
             "lanes         {}, {} per rank (allowed world sizes: {})",
             plan.lanes,
             plan.lanes_per_rank,
-            join(&plan.allowed_world_sizes)
+            short(&plan.allowed_world_sizes)
         )?;
         writeln!(out, "global batch  {} = {} lanes × {}", plan.global_batch, plan.lanes, plan.micro_batch)?;
     }
@@ -318,6 +335,9 @@ pub fn show(plan: &Plan, start: Result<&Start, &ClusterError>, as_json: bool) ->
         plan.threads_per_rank,
         plan.idle_cores_per_node
     )?;
+    if let Some(forecast) = forecast {
+        forecast.show(plan, &mut out)?;
+    }
     match argv {
         Ok(argv) if argv.is_empty() => {}
         Ok(argv) => writeln!(out, "command       {}", argv.join(" "))?,

@@ -324,6 +324,10 @@ fn a_dry_run_prints_the_plan_and_starts_nothing() {
     let command: Vec<&str> = local["command"].as_array().unwrap().iter().filter_map(|part| part.as_str()).collect();
     assert_eq!(command[0], "mpirun");
     assert!(command.ends_with(&["--config", bench.path("run.toml").to_str().unwrap(), "--set", "train.steps=20"]));
+    // What it will take is there too.
+    for key in ["/memory/peak_bytes", "/wire/gradients_bytes_per_rank", "/time/step_s", "/time/days"] {
+        assert!(local.pointer(key).and_then(serde_json::Value::as_f64).unwrap() > 0.0, "{key}");
+    }
     let many = plan(&["--nodes", "3", "--procs-per-node", "1"]);
     assert_eq!((&many["nodes"], &many["idle_nodes"]), (&serde_json::json!(2), &serde_json::json!([2])));
     assert!(many["command"].is_null() && many["missing"].as_str().unwrap().contains("--hostfile FILE"));

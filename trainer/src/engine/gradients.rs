@@ -23,6 +23,10 @@ pub trait GradientSum {
     /// # Errors
     /// What the collective reports.
     fn finish(&mut self) -> Result<Vec<Tensor>, CollectiveError>;
+
+    /// Bytes of its buffers: [sums, what comes in from other ranks].
+    #[cfg(test)]
+    fn held_bytes(&self) -> [usize; 2];
 }
 
 /// The sum for these ranks.
@@ -61,6 +65,11 @@ impl GradientSum for AllLanes {
     fn finish(&mut self) -> Result<Vec<Tensor>, CollectiveError> {
         self.reducer.finish()
     }
+
+    #[cfg(test)]
+    fn held_bytes(&self) -> [usize; 2] {
+        [self.sums.iter().map(LaneSum::bytes).sum(), self.reducer.room_bytes()]
+    }
 }
 
 /// The gradients of every lane leave the rank as soon as their segment is done; a rank sums its part only. In exchange for
@@ -98,6 +107,11 @@ impl GradientSum for LaneByLane {
         let last = self.on_the_wire.take();
         self.arrive(last)?;
         self.reducer.finish()
+    }
+
+    #[cfg(test)]
+    fn held_bytes(&self) -> [usize; 2] {
+        [self.sums.iter().map(LaneSum::bytes).sum(), self.reducer.room_bytes()]
     }
 }
 

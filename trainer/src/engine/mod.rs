@@ -34,3 +34,6 @@ pub mod tree;
 pub mod validation;
 pub mod weights;
 pub mod wire;
+
+#[cfg(test)]
+mod estimate_tests;

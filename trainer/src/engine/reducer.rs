@@ -98,6 +98,13 @@ impl Reducer {
         Self { slots: buckets.iter().map(slot).collect(), ranks, in_group: None }
     }
 
+    /// Bytes of the room for what comes in.
+    #[cfg(test)]
+    pub(super) fn room_bytes(&self) -> usize {
+        let rooms = self.slots.iter().flat_map(|slot| &slot.received);
+        rooms.map(|room| room.numel() * room.kind().elt_size_in_bytes()).sum()
+    }
+
     /// Hands over this rank's sum of bucket `index`, a node of the tree; returns without waiting for it. All ranks call it
     /// for the same buckets in the same order.
     ///

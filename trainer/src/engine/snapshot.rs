@@ -138,6 +138,12 @@ impl Snapshot {
         }
     }
 
+    /// Elements of the memory.
+    #[cfg(test)]
+    pub(super) fn numel(&self) -> usize {
+        self.memory.as_ref().as_ref().len()
+    }
+
     pub(super) fn slices(&self) -> Vec<Slice<'_>> {
         let mut slices = Vec::new();
         for piece in self.pieces.iter() {

@@ -32,6 +32,12 @@ impl LaneSum {
         Self { nodes, running: true, ..Self::new(numel, 1, device) }
     }
 
+    /// Bytes of its buffers.
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        self.levels.iter().map(|level| 4 * level.numel()).sum()
+    }
+
     /// Adds the next node, given in parts (`None` is zero; what lies in no part is never written and stays zero). With the
     /// last one the sum comes back, `[numel]`; it is valid until the next push.
     pub fn push(&mut self, parts: impl IntoIterator<Item = (Range<usize>, Option<Tensor>)>) -> Option<Tensor> {
