@@ -244,4 +244,6 @@ fn environment(threads_per_rank: usize) -> Vec<(&'static str, String)> {
 }
 
 #[cfg(test)]
+mod kubernetes_tests;
+#[cfg(test)]
 mod tests;
