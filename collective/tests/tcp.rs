@@ -104,3 +104,13 @@ fn what_is_missing_to_meet_is_named() {
         "{text}"
     );
 }
+
+#[test]
+fn rank_0_listens_on_the_given_interface_only() {
+    let on = |name: &str| TcpRun::new(2).variables(&[("DITHAROS_INTERFACE", name.to_owned())]);
+    for (output, text) in on("lo").run("") {
+        assert!(output.status.success(), "{text}");
+    }
+    let (output, text) = finish(on("nothing0").start(0, ""));
+    assert!(!output.status.success() && text.contains("DITHAROS_INTERFACE is \"nothing0\": no such"), "{text}");
+}

@@ -4,6 +4,7 @@
 //! Nothing is encrypted; the token keeps strangers out of the group, so that neither they nor another run are taken for
 //! ranks. Use it, as NCCL itself, on a network of your own.
 
+mod interface;
 mod rendezvous;
 mod star;
 

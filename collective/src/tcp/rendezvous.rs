@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 const TOKEN: &str = "DITHAROS_RENDEZVOUS_TOKEN";
 const TOKEN_FILE: &str = "DITHAROS_RENDEZVOUS_TOKEN_FILE";
+/// The only network interface to listen on.
+const INTERFACE: &str = "DITHAROS_INTERFACE";
 /// Shorter tokens can be guessed.
 const SHORTEST_TOKEN: usize = 16;
 const MAGIC: [u8; 8] = *b"DTHRSTC1";
@@ -112,13 +114,27 @@ impl Group {
     }
 
     /// Listens where the others will look, or on all interfaces when that name is not one of this machine's own (a service
-    /// in front of it).
+    /// in front of it); never on another interface than the environment names, if it does.
     pub fn listen(&self, host: &str, port: u16) -> Result<TcpListener, CollectiveError> {
-        let everywhere = [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()];
+        let only = std::env::var(INTERFACE).ok().filter(|name| !name.is_empty());
+        let name = only.as_deref().unwrap_or_default();
+        let failed = |error: io::Error| self.failed(format!("{INTERFACE} is {name:?}: {error}"));
+        let allowed = only.as_deref().map(super::interface::addresses).transpose().map_err(failed)?;
+        let everywhere = vec![IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()];
+        let otherwise = allowed.clone().unwrap_or(everywhere).into_iter().map(|ip| SocketAddr::new(ip, port));
         let named = (host, port).to_socket_addrs().into_iter().flatten();
         let mut reason = String::new();
-        for address in named.chain(everywhere.map(|ip| SocketAddr::new(ip, port))) {
+        for address in named.chain(otherwise) {
             match TcpListener::bind(address) {
+                Ok(_) if allowed.as_ref().is_some_and(|allowed| !allowed.contains(&address.ip())) => {
+                    // The others would look in vain on that one.
+                    reason = format!(
+                        "the others look for rank 0 at {address}, which is not on the interface {name:?} ({INTERFACE}): give them its \
+                         address there, {}=HOST:PORT",
+                        crate::environment::RENDEZVOUS
+                    );
+                    break;
+                }
                 Ok(listener) => return Ok(listener),
                 Err(error) => {
                     reason = format!("cannot listen on {address}: {error}");

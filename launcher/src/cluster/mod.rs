@@ -4,6 +4,7 @@
 mod kubernetes;
 mod mpirun;
 mod slurm;
+pub mod token;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -104,6 +105,8 @@ pub struct EngineCommand {
     pub env: Vec<(&'static str, String)>,
     /// How its output tells the ranks apart.
     pub output: Output,
+    /// Whether ranks meet over TCP, for which they need a secret of this start in their environment.
+    pub meets_over_tcp: bool,
 }
 
 /// Something for a scheduler.

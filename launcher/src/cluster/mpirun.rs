@@ -59,7 +59,7 @@ impl Cluster for Mpirun {
             (_, false) => (self.on_hosts(plan, &env), Output::Tagged),
         };
         argv.extend(trainer.argv());
-        Ok(Start::Engine(EngineCommand { argv, env, output }))
+        Ok(Start::Engine(EngineCommand { argv, env, output, meets_over_tcp: false }))
     }
 }
 

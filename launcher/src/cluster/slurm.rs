@@ -21,8 +21,11 @@ impl Cluster for Slurm {
         if plan.is_allocated {
             let mut argv = self.srun(plan);
             argv.extend(trainer.argv());
-            let env = environment(plan.threads_per_rank);
-            return Ok(Start::Engine(EngineCommand { argv, env, output: Output::Labelled }));
+            let mut env = environment(plan.threads_per_rank);
+            let meets_over_tcp = self.config.slurm.mpi == SlurmMpi::None && plan.world_size > 1;
+            let interface = self.config.interface.clone().filter(|_| meets_over_tcp);
+            env.extend(interface.map(|name| ("DITHAROS_INTERFACE", name)));
+            return Ok(Start::Engine(EngineCommand { argv, env, output: Output::Labelled, meets_over_tcp }));
         }
         if plan.job != Job::Train {
             return Err(ClusterError::NotTraining { via: Via::Slurm });

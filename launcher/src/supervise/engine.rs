@@ -17,7 +17,7 @@ use super::demux::Demux;
 use super::faults::Ended;
 use super::guard::Guard;
 use super::session;
-use crate::cluster::EngineCommand;
+use crate::cluster::{EngineCommand, token};
 
 /// A running engine.
 pub struct Engine {
@@ -37,6 +37,9 @@ impl Engine {
         let launcher = getpid();
         let mut process = Command::new(program);
         process.args(arguments).envs(command.env.iter().cloned());
+        if command.meets_over_tcp {
+            process.envs(token::for_one_start()?);
+        }
         process.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // SAFETY: between fork and exec only setsid, prctl and getppid are called, which are async-signal-safe and
         // allocate nothing (an error is a plain errno).

@@ -134,3 +134,44 @@ fn after_a_node_has_died_the_job_goes_on_elsewhere_to_the_same_bits() {
     assert!(resumed(&experiment).len() == 2 && resumed(&experiment)[1].is_some(), "{:?}", resumed(&experiment));
     assert_eq!(experiment.digest("run"), reference);
 }
+
+#[test]
+#[ignore = "needs root and Slurm: ./dev test --slurm"]
+fn ranks_that_meet_over_tcp_know_each_other_by_a_secret_that_nobody_else_sees() {
+    let (slurm, experiment) = (Slurm::up(), Experiment::new());
+    let reference = reference(&experiment);
+    // The nodes of this cluster have no names that anybody could look up.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut command = experiment.launcher(
+        1,
+        "run",
+        &[&LONG[..], &["cluster.slurm.mpi=\"none\"", "cluster.interface=\"lo\""]].concat(),
+    );
+    command.args(["--via", "slurm", "--nodes", "2"]).env("DITHAROS_RENDEZVOUS", format!("127.0.0.1:{port}"));
+    let job = run_ok(slurm.with_cluster(&mut command)).stdout.trim().to_owned();
+    wait_until("a checkpoint", || has_checkpoint(&experiment, "run"));
+
+    let ranks = crate::stopping::ranks_of(experiment.path("run").to_str().unwrap());
+    let secrets: std::collections::BTreeSet<String> = ranks
+        .iter()
+        .filter_map(|pid| std::fs::read(format!("/proc/{pid}/environ")).ok())
+        .filter_map(|environ| {
+            let text = String::from_utf8_lossy(&environ).into_owned();
+            text.split('\0').find_map(|pair| pair.strip_prefix("DITHAROS_RENDEZVOUS_TOKEN=")).map(str::to_owned)
+        })
+        .collect();
+    assert_eq!(secrets.len(), 1, "all ranks have the same");
+    let secret = secrets.first().unwrap();
+    assert_eq!(secret.len(), 64);
+    let shown = [
+        String::from_utf8(Command::new("ps").args(["-eo", "args"]).output().unwrap().stdout).unwrap(),
+        slurm.tool("scontrol", &["show", "job", "-dd", &job]),
+        slurm.tool("scontrol", &["show", "step"]),
+        slurm.tool("scontrol", &["write", "batch_script", &job, "-"]),
+    ];
+    assert!(shown.iter().all(|text| !text.contains(secret.as_str())));
+    slurm.wait_for_end(&experiment);
+    assert!(!slurm.said(&job).contains(secret.as_str()));
+    assert_eq!(experiment.digest("run"), reference);
+    assert_eq!(experiment.log("run").iter().find(|event| event["event"] == "start").unwrap()["world_size"], 2);
+}
