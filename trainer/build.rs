@@ -10,6 +10,8 @@ fn main() {
     if !include.is_dir() {
         panic!("{}: no such folder; ./dev setup makes .venv with libtorch in it", include.display());
     }
+    // Where ./dev bundle puts libtorch.
+    println!("cargo::rustc-link-arg-bins=-Wl,-rpath,$ORIGIN/../lib/torch/lib");
     cc::Build::new()
         .cpp(true)
         .std("c++20")

@@ -15,7 +15,7 @@ const HOSTFILE: &str = "/etc/mpi/hostfile";
 /// Where the config is mounted in the pods.
 const CONFIG_FOLDER: &str = "/etc/ditharos";
 /// Where the image has the binaries; see the project's Dockerfile.
-const BINARIES: &str = "/opt/ditharos/target/release";
+const BINARIES: &str = "/opt/ditharos/bin";
 /// Seconds that pods have to save when they are asked to go.
 const GRACE_S: u64 = 300;
 

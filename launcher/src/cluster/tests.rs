@@ -221,7 +221,7 @@ fn a_manifest_has_the_config_the_workers_and_a_launcher_that_comes_back() {
     let container = |replica: &serde_json::Value| replica["template"]["spec"]["containers"][0].clone();
     assert_eq!(container(workers)["resources"]["limits"]["nvidia.com/gpu"], 4);
     let command = container(launcher)["command"].to_string();
-    let wanted = r#"["/opt/ditharos/target/release/launcher","--config","/etc/ditharos/run.toml","--set","train.steps=9","--via","mpirun","--hostfile","/etc/mpi/hostfile","--nodes","2","--procs-per-node","4"]"#;
+    let wanted = r#"["/opt/ditharos/bin/launcher","--config","/etc/ditharos/run.toml","--set","train.steps=9","--via","mpirun","--hostfile","/etc/mpi/hostfile","--nodes","2","--procs-per-node","4"]"#;
     assert_eq!(command, wanted);
     assert_eq!(container(workers)["envFrom"][0]["secretRef"]["name"], "s3");
     assert!(container(workers)["volumeMounts"].to_string().contains(r#"{"mountPath":"/data","name":"claim-0"}"#));

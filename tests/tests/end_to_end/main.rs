@@ -3,6 +3,7 @@
 
 mod averages;
 mod bad_input;
+mod bundle;
 mod checkpoints;
 mod crashes;
 mod damage;
