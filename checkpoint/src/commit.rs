@@ -31,6 +31,8 @@ pub struct Commit {
     pub config: Value,
     /// The agreed exceptions so far.
     pub decision_log: Value,
+    /// As [`Manifest::recent_losses`]; finite.
+    pub recent_losses: Vec<f64>,
     /// What was measured of these weights, by name; finite numbers.
     pub metrics: BTreeMap<String, f64>,
     /// As [`Manifest::put_off`].
@@ -162,6 +164,7 @@ fn assemble(mut commit: Commit) -> Result<Manifest, String> {
         writer: concat!("ditharos ", env!("CARGO_PKG_VERSION")).to_owned(),
         config: commit.config,
         decision_log: commit.decision_log,
+        recent_losses: commit.recent_losses,
         metrics: commit.metrics,
         put_off: commit.put_off,
         chunk_bytes: CHUNK_BYTES,

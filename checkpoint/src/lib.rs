@@ -16,9 +16,7 @@
 //! let id = ShardId { attempt, step: 10, rank: 0, world_size: 1 };
 //! let data = F32Bytes::from(&[1.0, 2.0, 3.0][..]);
 //! let shard = store.write_shard(&id, &[Slice { name: "model/w", shape: &[3], start_numel: 0, data }])?;
-//! store.commit(Commit { attempt, step: 10, optimizer_step: 10, config: Default::default(),
-//!     decision_log: Default::default(), metrics: Default::default(), put_off: false,
-//!     shards: vec![shard] })?;
+//! store.commit(Commit { attempt, step: 10, optimizer_step: 10, shards: vec![shard], ..Commit::default() })?;
 //! let (manifest, damaged) = store.newest_valid()?.expect("one was committed");
 //! assert!(damaged.is_empty());
 //! assert_eq!(store.read(&manifest).read_f32("model/w", 1..3)?, [2.0, 3.0]);

@@ -64,6 +64,9 @@ pub struct Manifest {
     pub config: Value,
     /// The agreed exceptions so far.
     pub decision_log: Value,
+    /// Losses of the newest steps, as far as the run compares later ones with them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recent_losses: Vec<f64>,
     /// What was measured of these weights, by name (`val_loss/ema`); finite.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,

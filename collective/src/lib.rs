@@ -161,7 +161,8 @@ fn place_on_node(node_of_rank: &[Vec<u8>], rank: usize) -> (usize, usize) {
     (first, node_of_rank.iter().take(rank).filter(here).count())
 }
 
-fn host_name() -> String {
+/// The name of this machine.
+pub fn host_name() -> String {
     let mut name = [0u8; 256];
     // SAFETY: the buffer has the length given; the last byte stays 0 whatever is written.
     unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len() - 1) };

@@ -22,6 +22,12 @@ impl Display for Event {
             Event::Replaced { step, file, row_group, rows, reason, .. } => {
                 write!(f, "replaced: from step {step} on, {rows} rows of {file} (row group {row_group}): {reason}")
             }
+            Event::Diverged { step, phase, reason, lanes, action, .. } => {
+                write!(f, "diverged: step {step}, phase {phase}: {reason}")?;
+                let mut lanes = lanes.iter();
+                lanes.try_for_each(|at| write!(f, "; lane {} is of rank {} on {}", at.lane, at.rank, at.host))?;
+                write!(f, ": {action}")
+            }
             Event::Checkpoint { step, url, .. } => write!(f, "checkpoint: step {step} committed, {url}"),
             Event::CheckpointSkipped { step, under_way, .. } => {
                 write!(f, "checkpoint: step {step} skipped, that of step {under_way} is still on its way")

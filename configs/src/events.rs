@@ -105,6 +105,21 @@ pub enum Event {
         /// When.
         time: f64,
     },
+    /// A step has diverged, and all ranks have agreed on what becomes of it.
+    Diverged {
+        /// Which.
+        step: u64,
+        /// What the ranks were at.
+        phase: String,
+        /// What is wrong.
+        reason: String,
+        /// The lanes at fault, as far as they are known.
+        lanes: Vec<LaneAtFault>,
+        /// `stop`, `skip` or `rollback`.
+        action: String,
+        /// When.
+        time: f64,
+    },
     /// A checkpoint was committed.
     Checkpoint {
         /// Its step.
@@ -200,6 +215,20 @@ pub enum Event {
         /// When.
         time: f64,
     },
+}
+
+/// A lane of a step that has diverged.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LaneAtFault {
+    /// Which.
+    pub lane: usize,
+    /// Its loss.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub loss: f64,
+    /// The rank that has run it.
+    pub rank: usize,
+    /// That rank's machine.
+    pub host: String,
 }
 
 impl Event {

@@ -12,6 +12,7 @@
 //! | [`lanes`] | which lanes a rank executes, which world sizes an experiment allows |
 //! | [`resume`] | which keys differ between two configs in a way that makes another experiment |
 //! | [`sampler`] | the samplers by name |
+//! | [`divergence`] | what becomes of a step that diverges |
 //! | [`events`] | the JSON lines that a run writes |
 //! | [`beat`] | the heartbeats of ranks |
 //! | [`phases`] | what the step loop is at |
@@ -25,6 +26,7 @@ pub mod beat;
 pub mod cache;
 pub mod cluster;
 mod columns;
+pub mod divergence;
 pub mod error;
 mod event_text;
 pub mod events;
@@ -46,6 +48,7 @@ pub mod validation;
 
 pub use cache::CacheConfig;
 pub use cluster::{Bind, ClusterConfig, KubernetesConfig, SlurmConfig, SlurmMpi};
+pub use divergence::{DivergenceConfig, OnDivergence};
 pub use error::{ConfigError, Mistake};
 pub use fid::FidConfig;
 pub use resume::{KeyChange, changed_experiment_keys};

@@ -17,6 +17,7 @@ use crate::{location, overrides, presets};
 mod cache;
 mod cluster;
 mod diffusion;
+mod divergence;
 mod fid;
 mod finetune;
 mod optimizer;
@@ -126,6 +127,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
                 .map(|ranks| ranks as usize),
             freeze: r.text_list("train.freeze"),
         },
+        divergence: divergence::read(r),
         init: finetune::read_init(r, base),
         lora: finetune::read_lora(r),
         checkpoint: CheckpointConfig {
@@ -393,6 +395,7 @@ fn check(r: &mut Reader, c: &RunConfig) {
         );
     }
     check_sharding(r, &c.train);
+    divergence::check(r, &c.divergence);
     optimizer::check(r, c);
     validation::check(r, c);
     fid::check(r, c);

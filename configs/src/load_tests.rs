@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::{CacheConfig, Mistake, ValidationConfig};
+use crate::{CacheConfig, DivergenceConfig, Mistake, OnDivergence, ValidationConfig};
 
 const SMALL: &str = r#"
 run.url = "../runs/a"
@@ -69,6 +69,25 @@ fn a_cache_is_asked_for_by_its_bytes() {
     assert_eq!(mistake(&["cache.dir=/fast"]).key, "cache.bytes");
     assert_eq!(mistake(&["cache.bytes=1000"]).key, "cache.bytes");
     assert_eq!(mistake(&["cache.bytes=100000000", "cache.dir=s3://bucket/x"]).key, "cache.dir");
+}
+
+#[test]
+fn a_divergence_ends_the_run_unless_the_config_says_otherwise() {
+    let of = |overrides: &[&str]| load(SMALL, overrides).unwrap().divergence;
+    assert_eq!((of(&[]).policy, of(&[]).loss_spike), (OnDivergence::Stop, None));
+    assert!(load(SMALL, &[]).unwrap().to_json().get("divergence").is_none());
+    let leaps =
+        ["divergence.policy=rollback", "divergence.loss_spike=2.5", "divergence.window=9", "divergence.budget=2"];
+    let expected = DivergenceConfig { policy: OnDivergence::Rollback, loss_spike: Some(2.5), window: 9, budget: 2 };
+    assert_eq!(of(&leaps), expected);
+    assert_eq!(of(&leaps[1..3]).policy, OnDivergence::Stop);
+    assert_eq!(mistake(&["divergence.loss_spike=1.0"]).problem, "is out of range");
+    for idle in ["divergence.budget=2", "divergence.window=9"] {
+        let Mistake { key, problem, .. } = mistake(&[idle]);
+        assert!(idle.starts_with(&key) && problem.starts_with("means nothing"), "{key} {problem}");
+    }
+    let mistakes = load(SMALL, &["divergence.policy=skipp", "divergence.budget=0", "divergence.widow=3"]).unwrap_err();
+    assert_eq!(mistakes.len(), 3, "{mistakes:#?}");
 }
 
 #[test]

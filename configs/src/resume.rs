@@ -22,8 +22,9 @@ impl std::fmt::Display for KeyChange {
 /// Keys and (with a dot at the end) sections that may change on resume: they say where and how long a run goes on, where
 /// it came from and what is reported, not what is computed. The preset is only a name for dimensions, which are compared
 /// themselves.
-const FREE: [&str; 21] = [
+const FREE: [&str; 22] = [
     "run.",
+    "divergence.",
     "init",
     "init.",
     "data.url",
@@ -157,6 +158,9 @@ mod tests {
         with_validation["validation"] = json!({"url": "file:///v", "rows": 5});
         assert_eq!(changed_experiment_keys(&config(), &with_validation), []);
         assert_eq!(changed_experiment_keys(&with_validation, &config()), []);
+        let mut with_policy = config();
+        with_policy["divergence"] = json!({"policy": "skip"});
+        assert_eq!(changed_experiment_keys(&config(), &with_policy), []);
         assert_eq!(changed("/model/preset", json!(null)), [""; 0]);
         for free in ["/train/activation_checkpointing", "/train/sharding", "/train/sharding_ranks"] {
             let (section, key) = free[1..].split_once('/').unwrap_or_default();

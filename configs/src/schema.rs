@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::CacheConfig;
 use crate::cluster::ClusterConfig;
+use crate::divergence::DivergenceConfig;
 use crate::fid::FidConfig;
 use crate::sampler::{GuidedChannels, Sampler};
 use crate::urls::Urls;
@@ -40,6 +41,9 @@ pub struct RunConfig {
     pub ema: EmaConfig,
     /// Length and batch geometry of the run.
     pub train: TrainConfig,
+    /// What becomes of a step that diverges.
+    #[serde(skip_serializing_if = "is_default")]
+    pub divergence: DivergenceConfig,
     /// Where the first weights come from; `None`: drawn from the seed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<InitConfig>,

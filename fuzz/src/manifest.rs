@@ -72,16 +72,8 @@ fn sound_run() -> &'static InMemory {
             let slice = |name, start_numel| Slice { name, shape: &[6, 8], start_numel, data: values.clone() };
             store.write_shard(&id, &[slice("ema/w", rank * 24), slice("model/w", rank * 24)]).expect("a shard")
         });
-        let commit = Commit {
-            attempt,
-            step: STEP,
-            optimizer_step: STEP,
-            config: Default::default(),
-            decision_log: Default::default(),
-            metrics: Default::default(),
-            put_off: false,
-            shards: shards.collect(),
-        };
+        let commit =
+            Commit { attempt, step: STEP, optimizer_step: STEP, shards: shards.collect(), ..Commit::default() };
         store.commit(commit).expect("a commit");
         memory.fork()
     })

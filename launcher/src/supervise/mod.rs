@@ -294,6 +294,7 @@ impl Watch {
             | Event::CheckpointSkipped { .. }
             | Event::Step { .. }
             | Event::Replaced { .. }
+            | Event::Diverged { .. }
             | Event::Sample { .. }
             | Event::Validation { .. }
             | Event::Scores { .. }

@@ -38,7 +38,7 @@ fn a_broken_row_group_ends_the_run_and_is_named() {
 fn skipping_gives_the_same_bits_on_any_ranks_and_after_a_resume_even_of_a_repaired_file() {
     let experiment = Experiment::new();
     experiment.train(1, "sound", &SKIP);
-    assert_eq!(manifest(&experiment, "sound", STEPS)["decision_log"], serde_json::json!([]));
+    assert_eq!(experiment.manifest("sound", STEPS)["decision_log"], serde_json::json!([]));
     break_row_group(&experiment);
     experiment.train(1, "alone", &SKIP);
     let digest = experiment.digest("alone");
@@ -49,7 +49,7 @@ fn skipping_gives_the_same_bits_on_any_ranks_and_after_a_resume_even_of_a_repair
     assert_eq!((&told[0]["row_group"], &told[0]["rows"]), (&BROKEN.into(), &16.into()));
     assert!(told[0]["file"].as_str().unwrap().ends_with("part-00000-of-00001.parquet"));
     assert!(told[0]["reason"].as_str().unwrap().contains("cannot be decoded"), "{told:?}");
-    let decisions = manifest(&experiment, "alone", STEPS)["decision_log"].clone();
+    let decisions = experiment.manifest("alone", STEPS)["decision_log"].clone();
     let entry = &decisions[0];
     assert_eq!((&entry["kind"], &entry["step"]), (&"row_group_replaced".into(), &told[0]["step"]));
 
@@ -57,7 +57,7 @@ fn skipping_gives_the_same_bits_on_any_ranks_and_after_a_resume_even_of_a_repair
         let run = format!("on-{ranks}");
         experiment.train(ranks, &run, &SKIP);
         assert_eq!(experiment.digest(&run), digest, "{ranks} ranks");
-        assert_eq!(manifest(&experiment, &run, STEPS)["decision_log"], decisions, "{ranks} ranks");
+        assert_eq!(experiment.manifest(&run, STEPS)["decision_log"], decisions, "{ranks} ranks");
     }
     // As if killed after step 6; then again, with the file repaired meanwhile and without the policy.
     for (step, ranks, repaired) in [(6, 2, false), (6, 4, true)] {
@@ -70,7 +70,7 @@ fn skipping_gives_the_same_bits_on_any_ranks_and_after_a_resume_even_of_a_repair
         experiment.train(ranks, "alone", if repaired { &[] } else { &SKIP });
         assert_eq!(experiment.steps_of_last_attempt("alone"), (step + 1..=STEPS).collect::<Vec<_>>());
         assert_eq!(experiment.digest("alone"), digest, "repaired: {repaired}");
-        assert_eq!(manifest(&experiment, "alone", STEPS)["decision_log"], decisions);
+        assert_eq!(experiment.manifest("alone", STEPS)["decision_log"], decisions);
     }
 }
 
@@ -85,12 +85,4 @@ fn a_run_stops_with_the_evidence_when_the_budget_is_used_up() {
     }
     // The budget may be raised on the way.
     experiment.train(2, "run", &SKIP);
-}
-
-fn manifest(experiment: &Experiment, run: &str, step: u64) -> serde_json::Value {
-    let folder = format!("{run}/checkpoints/step-{step:09}");
-    let mut files = experiment.committed(run).into_iter();
-    let is_manifest = |path: &std::path::Path| path.extension().is_some_and(|extension| extension == "json");
-    let newest = files.rfind(|(path, _)| path.to_str().unwrap().contains(&folder) && is_manifest(path));
-    serde_json::from_slice(&newest.unwrap().1).unwrap()
 }

@@ -168,6 +168,15 @@ collective.timeout_s = 60
         log[last_start..].iter().filter(|e| e["event"] == "step").map(|e| e["step"].as_u64().unwrap()).collect()
     }
 
+    /// The newest manifest of a step.
+    pub fn manifest(&self, run: &str, step: u64) -> Value {
+        let folder = format!("{run}/checkpoints/step-{step:09}");
+        let is_manifest = |path: &Path| path.extension().is_some_and(|extension| extension == "json");
+        let of_step = |path: &Path| path.to_str().unwrap().contains(&folder) && is_manifest(path);
+        let newest = self.committed(run).into_iter().rfind(|(path, _)| of_step(path));
+        serde_json::from_slice(&newest.unwrap().1).unwrap()
+    }
+
     /// Every committed checkpoint's files with their bytes.
     pub fn committed(&self, run: &str) -> Vec<(PathBuf, Vec<u8>)> {
         let mut files = Vec::new();

@@ -7,6 +7,7 @@ mod bundle;
 mod checkpoints;
 mod crashes;
 mod damage;
+mod divergence;
 mod doctor;
 mod evaluation;
 mod experiment;

@@ -125,6 +125,7 @@ fn list(store: &RunStore, as_json: bool) -> Result<()> {
                 "step": step, "attempt": attempt, "manifest": key, "optimizer_step": optimizer_step,
                 "resumed_from": resumed_from, "world_size": world_size, "created_unix_ms": created_unix_ms,
                 "objects": manifest.shards.len(), "bytes": bytes, "metrics": metrics,
+                "decision_log": manifest.decision_log,
             });
             println!("{line}");
         } else {

@@ -2,12 +2,14 @@
 
 use super::ranks::{conclude, end_with_parent};
 use crate::engine::agree::Agreed;
+use crate::engine::decisions::DecisionLog;
 use crate::engine::rank::Rank;
 use crate::engine::run::{Outcome, run};
 use crate::engine::saver::SaveFailed;
 use crate::engine::stepper::StepError;
+use crate::engine::stop::StopFlag;
 use crate::telemetry::{Heartbeat, Trace, TraceArgs};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use collective::Collective;
 use configs::spans::{Track, span};
 use configs::{RunConfig, exit};
@@ -38,24 +40,31 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
     let collective = collective::from_environment(Duration::from_secs(config.collective.timeout_s))?;
     let collective: Arc<dyn Collective> = collective.into();
     let _heartbeat = Heartbeat::start(collective.world_size());
-    let outcome = Trace::begin(&args.trace, &*collective).and_then(|trace| {
+    attempts(args, &config, &collective).or_else(|error| Ok(conclude(&*collective, &error, is_agreed(&error))))
+}
+
+/// Starts, and starts again from the newest checkpoint as often as the ranks roll back. Gives the exit code.
+fn attempts(args: &TrainArgs, config: &RunConfig, collective: &Arc<dyn Collective>) -> Result<i32> {
+    let stop = StopFlag::install().context("installing signal handlers")?;
+    let mut trace = Trace::begin(&args.trace, &**collective)?;
+    let mut decided = DecisionLog::default();
+    loop {
         let mut rank = {
             let _setting_up = span(Track::Compute, "set up", None);
-            Rank::set_up(config, collective.clone())?
+            Rank::set_up(config.clone(), collective.clone(), stop.clone(), &decided)?
         };
-        rank.trace = trace.map(|trace| trace.after(rank.resumed_from.unwrap_or(0)));
-        run(&mut rank)
-    });
-    match outcome {
-        Ok(Outcome::Done) => Ok(exit::OK),
-        Ok(Outcome::Stopped) => Ok(exit::RESUMABLE),
-        Err(error) => Ok(conclude(&*collective, &error, is_agreed(&error))),
+        rank.trace = trace.take().map(|trace| trace.after(rank.resumed_from.unwrap_or(0)));
+        match run(&mut rank)? {
+            Outcome::RolledBack => (decided, trace) = (rank.stepper.decisions.clone(), rank.trace.take()),
+            Outcome::Done => return Ok(exit::OK),
+            Outcome::Stopped => return Ok(exit::RESUMABLE),
+        }
     }
 }
 
 /// Whether all ranks came to this error together, after agreeing on what happened.
 fn is_agreed(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(StepError::NonFinite { .. } | StepError::TooMuchDamage { .. }))
+    matches!(error.downcast_ref(), Some(StepError::Diverged(_) | StepError::TooMuchDamage { .. }))
         || error.is::<SaveFailed>()
         || error.is::<Agreed>()
 }

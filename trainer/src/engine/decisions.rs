@@ -1,5 +1,6 @@
 //! The decision log: exceptions that all ranks have agreed on, recorded in every manifest, so that a resume repeats them.
 
+use super::divergence::Counts;
 use anyhow::{Context, Result};
 use data_loader::BrokenGroup;
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,22 @@ pub enum Decision {
         #[serde(flatten)]
         group: BrokenGroup,
     },
+    /// A step is made without an update.
+    StepSkipped {
+        /// Which.
+        step: u64,
+        /// Why.
+        reason: String,
+    },
+    /// Lanes are left out of the mean over lanes.
+    LanesLeftOut {
+        /// Of which step.
+        step: u64,
+        /// Which.
+        lanes: Vec<usize>,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// What was agreed so far, in the order of steps.
@@ -45,7 +62,8 @@ impl DecisionLog {
             )?,
             None => Vec::new(),
         };
-        for Decision::RowGroupReplaced { rule, step, .. } in &entries {
+        for entry in &entries {
+            let Decision::RowGroupReplaced { rule, step, .. } = entry else { continue };
             anyhow::ensure!(
                 rule == RULE,
                 "the checkpoint's decision log (step {step}) replaces rows by \"{rule}\", which this version of the trainer cannot repeat; use the one that wrote it"
@@ -60,9 +78,55 @@ impl DecisionLog {
         serde_json::to_value(&self.entries).unwrap_or_default()
     }
 
+    /// What an attempt that goes on with decisions of the one before says of itself, for people.
+    pub(super) fn as_details(&self) -> Value {
+        if self.entries.is_empty() { Value::Null } else { serde_json::json!({ "decided": self.to_json() }) }
+    }
+
     /// The row groups whose rows are replaced.
     pub fn broken(&self) -> impl Iterator<Item = &BrokenGroup> + Clone {
-        self.entries.iter().map(|Decision::RowGroupReplaced { group, .. }| group)
+        self.entries.iter().filter_map(|entry| match entry {
+            Decision::RowGroupReplaced { group, .. } => Some(group),
+            _ => None,
+        })
+    }
+
+    /// Adds what another log of this run has and this one has not.
+    pub(super) fn merge(&mut self, other: &Self) {
+        let new: Vec<Decision> = other.entries.iter().filter(|entry| !self.entries.contains(entry)).cloned().collect();
+        self.entries.extend(new);
+    }
+
+    /// Records that `step` is made without an update.
+    pub(super) fn skip(&mut self, step: u64, reason: &str) {
+        self.entries.push(Decision::StepSkipped { step, reason: reason.to_owned() });
+    }
+
+    /// Records that `lanes` are left out of the mean of `step`.
+    pub(super) fn leave_out(&mut self, step: u64, lanes: Vec<usize>, reason: &str) {
+        self.entries.push(Decision::LanesLeftOut { step, lanes, reason: reason.to_owned() });
+    }
+
+    /// Whether `step` is made without an update.
+    pub(super) fn skips(&self, step: u64) -> bool {
+        self.entries.iter().any(|entry| matches!(entry, Decision::StepSkipped { step: of, .. } if *of == step))
+    }
+
+    /// Whether `lane` counts in the mean of `step`.
+    pub(super) fn counts(&self, step: u64, lane: usize) -> Counts {
+        let leaves_out = |entry: &Decision| matches!(entry, Decision::LanesLeftOut { step: of, lanes, .. } if *of == step && lanes.contains(&lane));
+        Counts(!self.entries.iter().any(leaves_out))
+    }
+
+    /// Steps that diverged after step `done`, and how.
+    pub(super) fn exceptions_after(&self, done: u64) -> Vec<(u64, &str)> {
+        let exceptions = self.entries.iter().filter_map(|entry| match entry {
+            Decision::RowGroupReplaced { .. } => None,
+            Decision::StepSkipped { step, reason } | Decision::LanesLeftOut { step, reason, .. } => {
+                (*step > done).then_some((*step, reason.as_str()))
+            }
+        });
+        exceptions.collect()
     }
 
     /// Those of `found` that are not in the log.
@@ -133,5 +197,25 @@ mod tests {
         assert!(DecisionLog::read(Some(&recorded), None).unwrap_err().to_string().contains("another"));
         recorded[0]["kind"] = "lane_skipped".into();
         assert!(DecisionLog::read(Some(&recorded), None).is_err());
+    }
+
+    #[test]
+    fn steps_and_lanes_that_are_left_out_are_read_back_and_merged() {
+        let mut log = DecisionLog::default();
+        log.record(2, [group(7)]).unwrap();
+        let mut later = log.clone();
+        later.skip(4, "a");
+        later.leave_out(6, vec![1, 3], "b");
+        let read = DecisionLog::read(Some(&later.to_json()), None).unwrap();
+        assert_eq!(
+            read.to_json()[2],
+            serde_json::json!({"kind": "lanes_left_out", "step": 6, "lanes": [1, 3], "reason": "b"})
+        );
+        log.merge(&read);
+        log.merge(&later);
+        assert_eq!(log.to_json(), later.to_json());
+        assert_eq!(log.exceptions_after(3), [(4, "a"), (6, "b")]);
+        assert_eq!([0, 1, 2, 3].map(|lane| log.counts(6, lane).0), [true, false, true, false]);
+        assert!(log.skips(4) && !log.skips(6) && log.counts(4, 1).0);
     }
 }

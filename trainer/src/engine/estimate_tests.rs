@@ -200,7 +200,7 @@ fn compare(config: &RunConfig, rank: usize, world_size: usize) -> usize {
             gradients.push(bucket, index, bucket.trainable.iter().map(|_| None).collect()).unwrap();
         }
     }
-    gradients.finish().unwrap();
+    gradients.finish(mesh.lanes).unwrap();
     weights.publish(&buckets.0).unwrap();
     weights.settle().unwrap();
     let wire = estimate::wire::wire(&sizes, config, 1, world_size, 1);

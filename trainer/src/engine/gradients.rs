@@ -18,11 +18,12 @@ pub trait GradientSum {
     /// What the collective reports.
     fn push(&mut self, bucket: &Bucket, index: usize, grads: Vec<Option<Tensor>>) -> Result<(), CollectiveError>;
 
-    /// After all lanes and buckets: the mean gradient of the held part of every bucket. Valid until the next push.
+    /// After all lanes and buckets: the mean gradient over `lanes` lanes, those that are not left out, of the held part of every
+    /// bucket. Valid until the next push.
     ///
     /// # Errors
     /// What the collective reports.
-    fn finish(&mut self) -> Result<Vec<Tensor>, CollectiveError>;
+    fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError>;
 
     /// Bytes of its buffers: [sums, what comes in from other ranks].
     #[cfg(test)]
@@ -62,8 +63,8 @@ impl GradientSum for AllLanes {
         }
     }
 
-    fn finish(&mut self) -> Result<Vec<Tensor>, CollectiveError> {
-        self.reducer.finish()
+    fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError> {
+        self.reducer.finish(lanes)
     }
 
     #[cfg(test)]
@@ -103,10 +104,10 @@ impl GradientSum for LaneByLane {
         self.arrive(before)
     }
 
-    fn finish(&mut self) -> Result<Vec<Tensor>, CollectiveError> {
+    fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError> {
         let last = self.on_the_wire.take();
         self.arrive(last)?;
-        self.reducer.finish()
+        self.reducer.finish(lanes)
     }
 
     #[cfg(test)]

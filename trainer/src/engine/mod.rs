@@ -7,6 +7,7 @@ pub mod cache;
 pub mod data;
 pub mod decisions;
 pub mod device;
+pub mod divergence;
 pub mod drawer;
 pub mod due;
 pub mod fid;

@@ -6,6 +6,7 @@ use super::bucket::Buckets;
 use super::data::{Data, damage_policy, open_data, row_order, skip_budget, warnings};
 use super::decisions::DecisionLog;
 use super::device::{choose_device, connect};
+use super::divergence::Guard;
 use super::drawer::Drawer;
 use super::due::Timetable;
 use super::fid::Fid;
@@ -89,13 +90,18 @@ struct Prepared {
 }
 
 impl Rank {
-    /// Sets up this rank; all ranks call it together. Reads from the data set its metadata only, and allocates nothing
+    /// Sets up this rank, which `stop` asks to stop; all ranks call it together. What was `decided` before the run was rolled back
+    /// holds beside what the checkpoint says. Reads from the data set its metadata only, and allocates nothing
     /// before config, data set and checkpoint are known to fit together.
     ///
     /// # Errors
     /// [`Agreed`](super::agree::Agreed) where all ranks know it, so that one of them can say it; others concern this rank alone.
-    pub fn set_up(config: RunConfig, collective: Arc<dyn Collective>) -> Result<Self> {
-        let stop = StopFlag::install().context("installing signal handlers")?;
+    pub fn set_up(
+        config: RunConfig,
+        collective: Arc<dyn Collective>,
+        stop: StopFlag,
+        decided: &DecisionLog,
+    ) -> Result<Self> {
         let grace = limit_stop(&config, &stop, &collective)?;
         preflight::same_programs(&*collective, Some(&config))?;
         let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
@@ -128,7 +134,8 @@ impl Rank {
         record_origin(&mut record, manifest.as_ref(), initialised.as_ref());
         record_world_size(&mut record, manifest.as_ref(), &config, &*collective);
         let attempt = decided_by_rank_0(&*collective, || {
-            let info = AttemptInfo { resumed_from, world_size: collective.world_size(), ..Default::default() };
+            let details = decided.as_details();
+            let info = AttemptInfo { resumed_from, world_size: collective.world_size(), details };
             store.claim_attempt(&info).context("claiming an attempt")
         })?;
 
@@ -151,6 +158,8 @@ impl Rank {
         let done = resumed_from.unwrap_or(0);
         let log = DecisionLog::read(manifest.as_ref().map(|manifest| &manifest.decision_log), skip_budget(&config));
         stepper.decisions = agree(&*collective, log)?;
+        stepper.decisions.merge(decided);
+        stepper.guard = Guard::of(&config.divergence, manifest.as_ref());
         let damage = damage_policy(&config, &stepper.decisions);
         let order = agree(&*collective, row_order(&config, &sources))?;
         let data = Data { sources, order, num_classes: recipe.model.num_classes as usize, experiment };
@@ -199,7 +208,10 @@ impl Prepared {
         let group = train.sharding_ranks;
         let mesh = Mesh::under(config.reduction, rank, world_size, train.lanes, train.sharding, group)?;
         tch::set_num_threads(config.train.threads_per_rank as i32);
-        tch::set_num_interop_threads(1);
+        // libtorch takes this once, and a rank may be set up again after a rollback.
+        if tch::get_num_interop_threads() != 1 {
+            tch::set_num_interop_threads(1);
+        }
         ffi::set_deterministic(config.train.tf32)?;
         let device = choose_device(config.train.device, collective)?;
         let (sources, recipe) = open_data(config)?;

@@ -152,12 +152,12 @@ impl Reducer {
         }
     }
 
-    /// Waits for all buckets and finishes the tree: the mean gradient of the held part of every bucket. Valid until the next
-    /// step.
+    /// Waits for all buckets and finishes the tree: the mean gradient over `lanes` lanes of the held part of every bucket. Valid until
+    /// the next step.
     ///
     /// # Errors
     /// What the collective reports.
-    pub fn finish(&mut self) -> Result<Vec<Tensor>, CollectiveError> {
+    pub fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError> {
         self.in_group = None;
         let mut gathers = Vec::with_capacity(self.slots.len());
         let mut means = Vec::with_capacity(self.slots.len());
@@ -165,7 +165,7 @@ impl Reducer {
         for index in (0..self.slots.len()).rev() {
             self.climb(Some(index))?;
         }
-        let scale = 1.0 / self.ranks.mesh.lanes as f64;
+        let scale = 1.0 / lanes as f64;
         for (index, slot) in self.slots.iter_mut().enumerate() {
             let State::AmongPeers(exchange, sum) = std::mem::replace(&mut slot.state, State::Idle) else {
                 let (rank, op) = (self.ranks.all.rank(), "reduce");

@@ -1,19 +1,20 @@
 //! The training loop: resume, step, log, sample, checkpoint, stop.
 
+use super::divergence::Diverged;
 use super::due::Due;
 use super::rank::Rank;
 use super::saver::{Save, Saved};
 use super::start::Initialised;
-use super::stepper::StepReport;
+use super::stepper::{StepError, StepReport};
 use super::wire::WireTime;
 use crate::model::Model;
 use crate::telemetry::measured_gemm_rate;
 use anyhow::Result;
-use configs::WhenBusy;
 use configs::events::{Event, now};
 use configs::location::redact;
 use configs::phases::{self, Phase};
 use configs::spans::phase;
+use configs::{OnDivergence, WhenBusy};
 use data_loader::BrokenGroup;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -25,6 +26,8 @@ pub enum Outcome {
     Done,
     /// All ranks stopped on request after the same step, which is committed; the run can be resumed.
     Stopped,
+    /// All ranks have agreed to go on from the newest checkpoint, with the decisions that they have now.
+    RolledBack,
 }
 
 /// Trains until the last step or a stop request. All ranks call it together.
@@ -55,7 +58,13 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
     }
     for step in done + 1..=steps {
         let signal = rank.timetable.signal(&rank.stop) | rank.saver.signal();
-        let report = rank.stepper.step(step, &mut rank.batches, signal)?;
+        let report = match rank.stepper.step(step, &mut rank.batches, signal) {
+            Err(StepError::Diverged(diverged)) => return rank.fall_back(*diverged),
+            other => other?,
+        };
+        if let Some(diverged) = &report.diverged {
+            rank.tell(|_| diverged.event())?;
+        }
         rank.pass_over(step, &report.replaced)?;
         let save = rank.timetable.due(step, &report.signals);
         let stop = save == Some(Due::Stop);
@@ -138,6 +147,18 @@ impl Rank {
         let save = Save { step, stepper, metrics, put_off, record, requests };
         let saved = self.saver.save(save)?;
         self.announce(saved)
+    }
+
+    /// Leaves a step that was not made, for the newest checkpoint or for good.
+    fn fall_back(&mut self, diverged: Diverged) -> Result<Outcome> {
+        self.tell(|_| diverged.event())?;
+        if diverged.action != OnDivergence::Rollback {
+            return Err(StepError::Diverged(Box::new(diverged)).into());
+        }
+        // What is on its way is the newest.
+        let saved = self.saver.finish()?;
+        self.announce(saved)?;
+        Ok(Outcome::RolledBack)
     }
 
     /// Waits for the last checkpoint. A stop request has its answer then, whatever else takes time.

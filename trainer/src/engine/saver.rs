@@ -172,6 +172,7 @@ impl Saver {
             optimizer_step: stepper.optimizer.updates,
             config: record.clone(),
             decision_log: stepper.decisions.to_json(),
+            recent_losses: stepper.guard.losses(),
             metrics,
             put_off,
             shards: Vec::new(),

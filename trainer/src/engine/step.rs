@@ -1,5 +1,6 @@
 //! One optimizer update: batch, objective, segments, reduction, update.
 
+use super::divergence::Counts;
 use super::stepper::{StepError, StepReport, Stepper};
 use super::tape::{Backward, Tape};
 use crate::ffi;
@@ -69,12 +70,12 @@ impl Stepper {
             let output = tape.output();
             let loss = self.objective.loss(&output, &noised);
             let output_grad = self.torch(step, "loss", ffi::grad_of_scalar(&loss.total, &output))?;
-            self.backward(step, tape.into_backward(output_grad))?;
+            self.backward(step, tape.into_backward(output_grad), self.decisions.counts(step, lane))?;
             losses.push(loss);
             used.push(batch);
         }
         phases::enter(Phase::Reduce);
-        let grads = self.gradients.finish();
+        let grads = self.gradients.finish(self.lanes_left(step));
         let grads = self.wire(step, "reduce", grads)?;
         let broken: Vec<_> = used.iter().flat_map(|batch| batch.broken.iter().cloned()).collect();
         let found = self.decisions.unknown(&broken);
@@ -89,6 +90,9 @@ impl Stepper {
         }
         // `agree` has waited for the device.
         used.into_iter().for_each(|batch| batches.recycle(batch));
+        if self.decisions.skips(step) {
+            return Ok(report);
+        }
         let _updating = phase(Phase::Update, "update", None);
         let updated = self.optimizer.update(&self.buckets.0, &grads, step, report.grad_norm);
         self.torch(step, "update", updated)?;
@@ -113,7 +117,7 @@ impl Stepper {
     }
 
     /// Runs the chain backwards; gradients travel while the next segment computes.
-    fn backward(&mut self, step: u64, mut backward: Backward) -> Result<(), StepError> {
+    fn backward(&mut self, step: u64, mut backward: Backward, counts: Counts) -> Result<(), StepError> {
         let _backward = phase(Phase::Backward, "backward", None);
         for index in (0..self.buckets.0.len()).rev() {
             let whole = self.weights.acquire(&self.buckets.0, index);
@@ -121,7 +125,7 @@ impl Stepper {
             let _segment = span(Compute, "backward of segment", index as u64);
             let bucket = &self.buckets.0[index];
             let grads = backward.segment(&*self.model.segments()[index], &bucket.weights, &bucket.trainable);
-            let grads = self.torch(step, "backward", grads)?;
+            let grads = counts.weigh(self.torch(step, "backward", grads)?);
             let released = self.weights.release(&self.buckets.0, index);
             self.weights_of(step, "backward", released)?;
             let pushed = self.gradients.push(&self.buckets.0[index], index, grads);

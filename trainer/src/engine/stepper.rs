@@ -2,6 +2,7 @@
 
 use super::bucket::{Bucket, Buckets, slice, view_of};
 use super::decisions::DecisionLog;
+use super::divergence::{Diverged, Guard, Observed};
 use super::gradients::{self, GradientSum};
 use super::mesh::Mesh;
 use super::optimizer::Optimizer;
@@ -13,6 +14,7 @@ use crate::diffusion::{LossTerms, Objective};
 use crate::ffi::{TorchError, region, upload};
 use crate::model::{Model, WeightSet};
 use collective::{Collective, CollectiveError};
+use configs::OnDivergence;
 use configs::lanes::LaneError;
 use configs::validation::MODEL_SECTION;
 use data_loader::draws::{Key, Purpose};
@@ -79,6 +81,8 @@ pub struct Stepper {
     pub optimizer: Optimizer,
     /// Exceptions that all ranks have agreed on.
     pub decisions: DecisionLog,
+    /// Judges every step before its update.
+    pub guard: Guard,
     pub(super) collective: Arc<dyn Collective>,
     pub(super) experiment: Experiment,
     pub(super) gradients: Box<dyn GradientSum>,
@@ -105,6 +109,8 @@ pub struct StepReport {
     pub signals: Vec<u32>,
     /// The row groups whose rows were replaced at this step for the first time.
     pub replaced: Vec<BrokenGroup>,
+    /// How the step has diverged, if it has and was made without an update for that.
+    pub diverged: Option<Box<Diverged>>,
 }
 
 /// Why a step was not made. Except in phase `update`, weights, moments and EMA are those of the step before.
@@ -118,10 +124,10 @@ pub enum StepError {
     #[error("step {step}, phase {phase}: {source}")]
     Collective { step: u64, phase: &'static str, source: CollectiveError },
     #[error(
-        "{who}step {step}: {what} is not finite; nothing was updated. Lower `optimizer.lr`, or look at the data of that lane \
-         (`latents verify`); the run resumes from its last checkpoint"
+        "{0}. Lower `optimizer.lr`, look at the data of that lane (`latents verify`), or let `divergence.policy` pass such steps over; \
+         the run resumes from its last checkpoint"
     )]
-    NonFinite { who: String, step: u64, what: String },
+    Diverged(Box<Diverged>),
     #[error("step {step}, phase data: {source}; nothing was updated, and the run resumes from its last checkpoint")]
     TooMuchDamage { step: u64, source: Box<DataError> },
 }
@@ -148,16 +154,17 @@ impl Stepper {
             buckets,
             optimizer,
             decisions: DecisionLog::default(),
+            guard: Guard::default(),
             collective,
             experiment,
             ranks,
         })
     }
 
-    /// Lets all ranks agree on losses, gradient norm and signals, and refuses a step that is not finite. The one wait
+    /// Lets all ranks agree on losses, gradient norm and signals, and on what becomes of a step that diverges. The one wait
     /// for the device in a step: nothing may be updated before the norm is known to be finite.
     pub(super) fn agree(
-        &self,
+        &mut self,
         step: u64,
         losses: &[LossTerms],
         grads: &[Tensor],
@@ -201,21 +208,12 @@ impl Stepper {
         };
         // There are as many lanes as finest shards.
         let of_all = |value: &dyn Fn(usize) -> f64| (0..lanes).map(value).collect::<Vec<f64>>();
-        let mean = |term: usize| sum_lanes(&of_all(&|lane| loss_of(lane, term))) / lanes as f64;
+        let counts: Vec<bool> = (0..lanes).map(|lane| self.decisions.counts(step, lane).0).collect();
+        let counted = |lane: usize, term: usize| if counts[lane] { loss_of(lane, term) } else { 0.0 };
+        let mean = |term: usize| sum_lanes(&of_all(&|lane| counted(lane, term))) / self.lanes_left(step) as f64;
         let bucket_squares = (0..grads.len()).map(|bucket| sum_lanes(&of_all(&|finest| square_of(bucket, finest))));
         let bucket_squares: Vec<f64> = bucket_squares.collect();
-
-        let culprit = (0..lanes).find(|&lane| !loss_of(lane, 0).is_finite());
-        if let Some(lane) = culprit {
-            let what = format!("the loss of lane {lane} is {}, which", loss_of(lane, 0));
-            return Err(StepError::NonFinite { who: format!("rank {}: ", mesh.place_of_lane(lane).0), step, what });
-        }
-        if let Some(bucket) = bucket_squares.iter().position(|square| !square.is_finite()) {
-            let name = &self.buckets.0[bucket].layout.entries[0].name;
-            let what = format!("the gradient in the segment of `{name}`");
-            return Err(StepError::NonFinite { who: String::new(), step, what });
-        }
-        Ok(StepReport {
+        let mut report = StepReport {
             loss: mean(0),
             parts: names.into_iter().enumerate().map(|(i, name)| (name, mean(i + 1))).collect(),
             grad_norm: bucket_squares.iter().sum::<f64>().sqrt(),
@@ -224,7 +222,42 @@ impl Stepper {
             wire: WireTime::default(),
             signals: all.chunks(width).map(|rank| rank[width - 1] as u32).collect(),
             replaced: Vec::new(),
-        })
+            diverged: None,
+        };
+        if self.decisions.skips(step) {
+            return Ok(report);
+        }
+        let losses: Vec<Option<f64>> = (0..lanes).map(|lane| counts[lane].then(|| loss_of(lane, 0))).collect();
+        let broken = bucket_squares.iter().position(|square| !square.is_finite());
+        let broken_gradient = broken.map(|bucket| self.buckets.0[bucket].layout.entries[0].name.as_str());
+        let observed = Observed { step, losses: &losses, loss: report.loss, broken_gradient };
+        match self.guard.judge(&observed, &mut self.decisions) {
+            None => self.guard.made(report.loss),
+            Some(diverged) => {
+                let diverged = Box::new(self.with_places(step, diverged)?);
+                if diverged.action != OnDivergence::Skip {
+                    return Err(StepError::Diverged(diverged));
+                }
+                report.diverged = Some(diverged);
+            }
+        }
+        Ok(report)
+    }
+
+    /// Lanes that count in the mean of `step`.
+    pub(super) fn lanes_left(&self, step: u64) -> usize {
+        (0..self.experiment.mesh.lanes).filter(|lane| self.decisions.counts(step, *lane).0).count()
+    }
+
+    /// Says which ranks have run the lanes at fault, and where. All ranks call it together.
+    fn with_places(&self, step: u64, mut diverged: Diverged) -> Result<Diverged, StepError> {
+        let hosts =
+            self.wire(step, diverged.phase, self.collective.gather_bytes(collective::host_name().as_bytes()))?;
+        for lane in &mut diverged.lanes {
+            lane.rank = self.experiment.mesh.place_of_lane(lane.lane).0;
+            lane.host = String::from_utf8_lossy(&hosts[lane.rank]).into_owned();
+        }
+        Ok(diverged)
     }
 
     /// Lets all ranks record the broken row groups that any of them had to do with in this step, before what was computed
