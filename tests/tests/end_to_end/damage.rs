@@ -14,7 +14,7 @@ fn file(experiment: &Experiment) -> PathBuf {
 }
 
 /// Breaks the header of the row group's first page, which lies before its first number.
-fn break_row_group(experiment: &Experiment) {
+pub fn break_row_group(experiment: &Experiment) {
     let mut mean = [0f32; 4];
     fill_normal(Key::new(5, Purpose::Noise, BROKEN * 16), &mut mean);
     let first: Vec<u8> = mean.iter().flat_map(|x| x.to_le_bytes()).collect();

@@ -1,6 +1,7 @@
 //! A trace shows what every rank did, and that gradients are on the wire while the next segment computes.
 
-use crate::experiment::{Experiment, run, run_ok};
+use crate::damage::break_row_group;
+use crate::experiment::{Experiment, run, run_ok, write_dataset};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -55,6 +56,42 @@ fn a_trace_of_two_ranks_has_every_kind_of_work_and_reductions_begin_before_backw
     assert!(shares.iter().all(|share| share.is_some_and(|share| (0.0..=1.0).contains(&share))), "{shares:?}");
     experiment.train(1, "alone", &[]);
     assert_eq!(overlap("alone"), [None; 10]);
+}
+
+#[test]
+fn a_run_that_fails_leaves_the_trace_until_there_and_a_later_start_another() {
+    let experiment = Experiment::new();
+    let file = experiment.path("trace.json");
+    write_dataset(&experiment.path("data"), |row, mean| {
+        if row == 60 {
+            mean.fill(1e30);
+        }
+    });
+    let traced = |name: &str, overrides: &[&str]| {
+        run(experiment.launcher(2, name, overrides).arg("--trace").arg(&file).args(["--trace-steps", "100"]))
+    };
+    let read =
+        |name: &str| -> Vec<Value> { serde_json::from_slice(&fs::read(experiment.path(name)).unwrap()).unwrap() };
+    let steps = |trace: &[Value], rank| spans(trace, rank, "step ").len() as u64;
+    // All ranks fail together, in the step after those that were made.
+    assert_eq!(traced("run", &[]).code, Some(1));
+    let made = experiment.steps_of_last_attempt("run").last().copied().unwrap_or(0);
+    let failed = read("trace.json");
+    assert_eq!([0, 1].map(|rank| steps(&failed, rank)), [made + 1; 2]);
+    assert!(made == 0 || [0, 1].iter().all(|rank| !spans(&failed, *rank, "update").is_empty()));
+    // The next start goes on and writes the file anew; the former one stays.
+    assert_eq!(traced("run", &["divergence.policy=skip"]).code, Some(0));
+    assert_eq!(read("trace.attempt-0001.json"), failed);
+    assert_eq!(read("trace.attempt-0002.json"), read("trace.json"));
+    assert_eq!(steps(&read("trace.json"), 1), experiment.steps_of_last_attempt("run").len() as u64);
+
+    // What one rank alone knows of, it writes alone: a broken row group that only its lanes read.
+    write_dataset(&experiment.path("data"), |_, _| {});
+    break_row_group(&experiment);
+    assert_eq!(traced("other", &[]).code, Some(1));
+    let alone = ["trace.attempt-0001.rank-0.json", "trace.attempt-0001.rank-1.json"];
+    let written: Vec<&str> = alone.into_iter().filter(|name| experiment.path(name).exists()).collect();
+    assert!(!written.is_empty() && written.iter().all(|name| !read(name).is_empty()), "{written:?}");
 }
 
 #[test]

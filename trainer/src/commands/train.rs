@@ -11,6 +11,7 @@ use crate::engine::stop::StopFlag;
 use crate::telemetry::{Heartbeat, Trace, TraceArgs};
 use anyhow::{Context, Result};
 use collective::Collective;
+use configs::phases::{self, Phase};
 use configs::spans::{Track, span};
 use configs::{RunConfig, exit};
 use std::path::PathBuf;
@@ -40,22 +41,41 @@ pub fn train(args: &TrainArgs) -> Result<i32> {
     let collective = collective::from_environment(Duration::from_secs(config.collective.timeout_s))?;
     let collective: Arc<dyn Collective> = collective.into();
     let _heartbeat = Heartbeat::start(collective.world_size());
-    attempts(args, &config, &collective).or_else(|error| Ok(conclude(&*collective, &error, is_agreed(&error))))
+    let mut trace = None;
+    let outcome = attempts(args, &config, &collective, &mut trace);
+    outcome.or_else(|error| {
+        let is_agreed = is_agreed(&error);
+        // It shows the way to the failure. Ranks that may wait for this one are not asked for their parts.
+        match trace {
+            Some(trace) if is_agreed || collective.world_size() == 1 => drop(trace.write(&*collective)),
+            Some(trace) => trace.write_alone(collective.rank()),
+            None => {}
+        }
+        Ok(conclude(&*collective, &error, is_agreed))
+    })
 }
 
 /// Starts, and starts again from the newest checkpoint as often as the ranks roll back. Gives the exit code.
-fn attempts(args: &TrainArgs, config: &RunConfig, collective: &Arc<dyn Collective>) -> Result<i32> {
+fn attempts(
+    args: &TrainArgs,
+    config: &RunConfig,
+    collective: &Arc<dyn Collective>,
+    trace: &mut Option<Trace>,
+) -> Result<i32> {
     let stop = StopFlag::install().context("installing signal handlers")?;
-    let mut trace = Trace::begin(&args.trace, &**collective)?;
+    *trace = Trace::begin(&args.trace, &**collective)?;
     let mut decided = DecisionLog::default();
     loop {
+        phases::enter(Phase::SetUp);
         let mut rank = {
             let _setting_up = span(Track::Compute, "set up", None);
             Rank::set_up(config.clone(), collective.clone(), stop.clone(), &decided)?
         };
-        rank.trace = trace.take().map(|trace| trace.after(rank.resumed_from.unwrap_or(0)));
-        match run(&mut rank)? {
-            Outcome::RolledBack => (decided, trace) = (rank.stepper.decisions.clone(), rank.trace.take()),
+        if let Some(trace) = trace {
+            trace.of_attempt(rank.attempt, rank.resumed_from.unwrap_or(0));
+        }
+        match run(&mut rank, trace)? {
+            Outcome::RolledBack => decided = rank.stepper.decisions.clone(),
             Outcome::Done => return Ok(exit::OK),
             Outcome::Stopped => return Ok(exit::RESUMABLE),
         }

@@ -24,7 +24,7 @@ use super::wire::Summation;
 use crate::ffi;
 use crate::model::precision::in_precision;
 use crate::recipe::Recipe;
-use crate::telemetry::{Journal, Trace};
+use crate::telemetry::Journal;
 use crate::validation::metric;
 use anyhow::{Context, Result};
 use checkpoint::{AttemptInfo, Retention, RunStore, StoreOptions};
@@ -76,8 +76,6 @@ pub struct Rank {
     pub stop: StopFlag,
     /// How long the checkpoint after one may take, if that is limited.
     pub grace: Option<Grace>,
-    /// Of the first steps, if asked for.
-    pub trace: Option<Trace>,
 }
 
 /// What a rank finds out alone, before the first collective.
@@ -197,7 +195,6 @@ impl Rank {
             between,
             stop,
             grace,
-            trace: None,
         })
     }
 }

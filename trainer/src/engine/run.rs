@@ -8,7 +8,7 @@ use super::start::Initialised;
 use super::stepper::{StepError, StepReport};
 use super::wire::WireTime;
 use crate::model::Model;
-use crate::telemetry::measured_gemm_rate;
+use crate::telemetry::{Trace, measured_gemm_rate};
 use anyhow::Result;
 use configs::events::{Event, now};
 use configs::location::redact;
@@ -30,11 +30,11 @@ pub enum Outcome {
     RolledBack,
 }
 
-/// Trains until the last step or a stop request. All ranks call it together.
+/// Trains until the last step or a stop request. All ranks call it together. A `trace` is written and taken when it is complete.
 ///
 /// # Errors
 /// What ended the run early; everything committed stays valid.
-pub fn run(rank: &mut Rank) -> Result<Outcome> {
+pub fn run(rank: &mut Rank, trace: &mut Option<Trace>) -> Result<Outcome> {
     let steps = rank.config.train.steps;
     let mut meter = Meter::start(rank);
     rank.tell(|rank| Event::Start {
@@ -82,7 +82,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
         if let Some(why) = save {
             rank.save(step, why, metrics)?;
         }
-        if let Some(trace) = rank.trace.take_if(|trace| stop || trace.is_complete(step)) {
+        if let Some(trace) = trace.take_if(|trace| stop || trace.is_complete(step)) {
             trace.write(&*rank.collective)?;
         }
         if stop {
@@ -95,7 +95,7 @@ pub fn run(rank: &mut Rank) -> Result<Outcome> {
     }
     rank.stepper.settle_weights()?;
     rank.finish_saving()?;
-    if let Some(trace) = rank.trace.take() {
+    if let Some(trace) = trace.take() {
         trace.write(&*rank.collective)?;
     }
     rank.tell(|_| Event::Done { step: steps, time: now() })?;

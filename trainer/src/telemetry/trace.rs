@@ -3,7 +3,7 @@ use anyhow::{Context, Result};
 use collective::{Collective, Region};
 use configs::spans::{self, Recorded, Span, Track};
 use serde_json::{Value, json};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -11,7 +11,8 @@ use std::time::Instant;
 /// Options of a trace.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct TraceArgs {
-    /// Write what all ranks did, and when, into this file of rank 0, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    /// Write what all ranks did, and when, into this file of rank 0, for Perfetto (ui.perfetto.dev) or chrome://tracing. A copy
+    /// with the attempt's number in its name stays when a later start writes the file anew.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Steps to trace, the first ones of this start.
@@ -27,7 +28,11 @@ pub struct Trace {
     file: Option<File>,
     /// All ranks were here together; times count from here.
     origin: Instant,
+    /// Steps that are asked for.
+    steps: u64,
     last_step: u64,
+    /// This start's number, once it has one.
+    attempt: Option<u32>,
 }
 
 impl Trace {
@@ -44,12 +49,12 @@ impl Trace {
         })?;
         collective.barrier()?;
         spans::begin();
-        Ok(Some(Self { path, file, origin: Instant::now(), last_step: args.trace_steps }))
+        Ok(Some(Self { path, file, origin: Instant::now(), steps: args.trace_steps, last_step: 0, attempt: None }))
     }
 
-    /// The same steps of a start that goes on after step `done`.
-    pub fn after(self, done: u64) -> Self {
-        Self { last_step: self.last_step.saturating_add(done), ..self }
+    /// The trace is of the first steps of `attempt`, which goes on after step `done`; what was recorded before stays in it.
+    pub fn of_attempt(&mut self, attempt: u32, done: u64) {
+        (self.attempt, self.last_step) = (Some(attempt), self.steps.saturating_add(done));
     }
 
     /// Whether `step` is the last one of the trace.
@@ -61,16 +66,11 @@ impl Trace {
     ///
     /// # Errors
     /// What the collective reports.
-    pub fn write(self, collective: &dyn Collective) -> Result<()> {
+    pub fn write(mut self, collective: &dyn Collective) -> Result<()> {
         let rank = collective.rank();
-        let recorded = spans::end();
-        if recorded.dropped > 0 {
-            eprintln!("trainer: warning: rank {rank}: --trace: {} spans left out at the end", recorded.dropped);
-        }
-        let events: Vec<String> = events(rank, self.origin, &recorded).iter().map(Value::to_string).collect();
-        let text = events.join(",\n").into_bytes();
+        let text = self.recorded(rank);
         let lengths = collective.gather_values(vec![text.len() as i64]).context("collecting the trace")?;
-        let mut file = self.file.map(BufWriter::new);
+        let mut file = self.file.take().map(BufWriter::new);
         let mut written = Ok(());
         // One rank after the other: nobody holds more than one other rank's.
         for (from, length) in lengths.into_iter().enumerate() {
@@ -84,11 +84,40 @@ impl Trace {
         }
         if let Some(mut file) = file {
             written = written.and_then(|()| file.write_all(b"\n]\n")).and_then(|()| file.flush());
+            if self.attempt.is_some() && self.path.is_file() {
+                written = written.and_then(|()| fs::copy(&self.path, self.numbered("")).map(drop));
+            }
         }
         if let Err(error) = written {
             eprintln!("trainer: warning: --trace: {} was not written: {error}", self.path.display());
         }
         Ok(())
+    }
+
+    /// Ends recording and writes what this rank has into a file of its own: for a failure that the other ranks may not know of.
+    pub fn write_alone(self, rank: usize) {
+        let path = self.numbered(&format!(".rank-{rank}"));
+        let text = [b"[\n", self.recorded(rank).as_slice(), b"\n]\n"].concat();
+        if let Err(error) = fs::write(&path, text) {
+            eprintln!("trainer: warning: rank {rank}: --trace: {} was not written: {error}", path.display());
+        }
+    }
+
+    /// What `rank` has recorded, as text.
+    fn recorded(&self, rank: usize) -> Vec<u8> {
+        let recorded = spans::end();
+        if recorded.dropped > 0 {
+            eprintln!("trainer: warning: rank {rank}: --trace: {} spans left out at the end", recorded.dropped);
+        }
+        let events: Vec<String> = events(rank, self.origin, &recorded).iter().map(Value::to_string).collect();
+        events.join(",\n").into_bytes()
+    }
+
+    /// `trace.json` as `trace.attempt-0003.json`, with `further` after the number.
+    fn numbered(&self, further: &str) -> PathBuf {
+        let extension = self.path.extension().map(|extension| format!(".{}", extension.display())).unwrap_or_default();
+        let attempt = self.attempt.map(|attempt| format!(".attempt-{attempt:04}")).unwrap_or_default();
+        self.path.with_extension(format!("{}{further}{extension}", attempt).trim_start_matches('.'))
     }
 }
 
