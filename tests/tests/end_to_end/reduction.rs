@@ -71,3 +71,74 @@ fn fast_sums_take_any_number_of_lanes_and_the_manifest_says_which_ranks_made_whi
     let ran = run(&mut experiment.launcher(2, "on-2", &["train.lanes=8"]));
     assert!(ran.code != Some(0) && ran.text().contains("`reduction` was \"fast\""), "{}", ran.text());
 }
+
+/// Losses stay within a share of those of invariant sums, however gradients and weights are shared out, and each way gives the
+/// same bits again.
+#[test]
+fn fast_sums_with_every_sharding_are_near_invariant_ones_and_the_same_again_on_the_same_ranks() {
+    let experiment = Experiment::new();
+    let lanes = ["train.lanes=8", "train.micro_batch=2", "log.tensorboard=false"];
+    experiment.train(1, "invariant", &lanes);
+    let expected = losses(&experiment, "invariant");
+    let mut digests = Vec::new();
+    for (number, (ranks, dtype, sharding, group)) in [
+        (1, "fp32", 3, 0),
+        (2, "fp32", 2, 0),
+        (2, "bf16", 3, 0),
+        (4, "fp32", 3, 0),
+        (4, "bf16", 2, 0),
+        (4, "bf16", 3, 2),
+        (4, "fp32", 2, 2),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut overrides: Vec<String> = lanes.map(str::to_owned).to_vec();
+        overrides.extend([FAST.to_owned(), format!("reduction_dtype={dtype}"), format!("train.sharding={sharding}")]);
+        overrides.extend((group > 0).then(|| format!("train.sharding_ranks={group}")));
+        let overrides: Vec<&str> = overrides.iter().map(String::as_str).collect();
+        let of_turn = ["a", "b"].map(|turn| {
+            let name = format!("fast-{number}-{turn}");
+            experiment.train(ranks, &name, &overrides);
+            (experiment.digest(&name), losses(&experiment, &name))
+        });
+        assert_eq!(of_turn[0], of_turn[1], "{overrides:?} on {ranks} ranks");
+        let [(digest, found), _] = of_turn;
+        // As for sharding 1, above.
+        let tolerance = if dtype == "bf16" { 2e-2 } else { 1e-4 };
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() <= tolerance * expected, "{overrides:?}: {found}, invariant {expected}");
+        }
+        digests.push((dtype, ranks, digest[0].clone()));
+    }
+    // Rounding on the wire is not lost on the way.
+    let rounded =
+        |wanted: &str| digests.iter().filter(|(dtype, ..)| *dtype == wanted).map(|d| d.2.clone()).collect::<Vec<_>>();
+    assert!(rounded("bf16").iter().all(|digest| !rounded("fp32").contains(digest)), "{digests:?}");
+}
+
+#[test]
+fn a_checkpoint_of_fast_sums_moves_between_shardings_and_numbers_of_ranks() {
+    let experiment = Experiment::new();
+    let fast = [FAST, "reduction_dtype=bf16", "log.tensorboard=false"];
+    let go_on = |run: &str, ranks: usize, steps: u64, sharding: u64| {
+        let (steps, sharding) = (format!("train.steps={steps}"), format!("train.sharding={sharding}"));
+        run_ok(&mut experiment.launcher(ranks, run, &[&fast[..], &[&steps, &sharding]].concat()));
+    };
+    let moves = [(4, 3, 3), (2, 6, 2), (1, 8, 1), (2, 10, 3)];
+    for run in ["moved", "again"] {
+        moves.into_iter().for_each(|(ranks, steps, sharding)| go_on(run, ranks, steps, sharding));
+        assert_eq!(experiment.steps_of_last_attempt(run), [9, 10]);
+    }
+    assert_eq!(experiment.digest("moved"), experiment.digest("again"));
+    go_on("alone", 1, 10, 1);
+    for (found, expected) in losses(&experiment, "moved").iter().zip(losses(&experiment, "alone")) {
+        assert!((found - expected).abs() <= 2e-2 * expected, "{found} {expected}");
+    }
+    // A start that makes no step leaves the values as they are, whoever reads them.
+    let digest = experiment.digest("moved");
+    for (ranks, sharding) in [(4, 2), (1, 3), (4, 0)] {
+        go_on("moved", ranks, 10, sharding);
+        assert_eq!(experiment.digest("moved"), digest);
+    }
+}
