@@ -36,9 +36,12 @@ CASES = [
     ("DiT-S/2, sharding 2", 32, 2, [*S2, "train.sharding=2"]),
     ("DiT-S/2, sharding 3", 32, 2, [*S2, "train.sharding=3"]),
     ("DiT-S/2, sharding 3, checkpointing 1", 32, 2, [*S2, "train.sharding=3", "train.activation_checkpointing=1"]),
+    ("the same, validating between steps", 32, 2, [*S2, "train.sharding=3", "train.activation_checkpointing=1", "validation.url={data}", "validation.batch=16",
+     "validation.rows=32", "validation.every_steps=2", "validation.bins=4"]),
     ("12 heads of 64, 6 blocks, sharding 1", 32, 2, WIDE),
-    ("the same, sharding 3, checkpointing 1, bf16", 32, 2,
+    ("12 heads of 64, sharding 3, checkpointing 1, bf16", 32, 2,
      [*WIDE, "train.sharding=3", "train.activation_checkpointing=1", "train.precision=bf16"]),
+    ("DiT-B/8, 4 ranks in groups of 2", 32, 4, ["model.preset=DiT-B/8", "train.micro_batch=16", "train.sharding_ranks=2"]),
     ("DiT-S/2, in-context", 32, 1, [*S2, "model.conditioning=in-context"]),
     ("DiT-S/2, cross-attention, bf16", 32, 1, [*S2, "model.conditioning=cross-attention", "train.precision=bf16"]),
     ("DiT-S/2, the first half frozen", 32, 1, [*S2, *FROZEN]),
@@ -77,6 +80,7 @@ def command(folder, side, ranks, overrides, steps):
     config.write_text("[train]\nsteps = 3\nlanes = 4\nmicro_batch = 8\n")
     words = [LAUNCHER, "--config", config, "--procs-per-node", ranks]
     dims = [f"model.input_size={side}", "model.in_channels=4", "model.num_classes=10"]
+    overrides = [pair.replace("{data}", f"{folder}/data-{side}") for pair in overrides]
     for pair in [f"run.url={folder}/run", f"data.url={folder}/data-{side}", f"train.steps={steps}", *QUIET, *dims, *overrides]:
         words += ["--set", pair]
     return [str(word) for word in words]

@@ -66,20 +66,15 @@ pub fn changes(
         let (changed, set) = at(sharding, every);
         attempt(&changed, true, set);
     }
-    // Other bits from here on: what computes in bfloat16, and lanes with fewer samples each, in an order of rows of their own.
-    let fullest = at(Sharding::Weights, 1);
-    for (mut changed, mut set) in [(config.clone(), Vec::new()), fullest] {
+    // Other bits from here on: products in bfloat16, and lanes with fewer samples each, which deal rows in another order.
+    for (base, set) in [(config.clone(), Vec::new()), at(Sharding::Weights, 1)] {
         if config.train.precision == Precision::Fp32 {
+            let mut changed = base.clone();
             changed.train.precision = Precision::Bf16;
-            set.push("train.precision=bf16".to_owned());
-            attempt(&changed, false, set.clone());
+            attempt(&changed, false, [&set[..], &["train.precision=bf16".to_owned()]].concat());
         }
-        let (mut changed, mut set) = (changed.clone(), set.clone());
-        if config.train.precision == Precision::Fp32 {
-            changed.train.precision = Precision::Fp32;
-            set.pop();
-        }
-        while changed.train.micro_batch.is_multiple_of(2) && changed.train.lanes < configs::lanes::MAX_LANES {
+        let mut changed = base;
+        while changed.train.micro_batch.is_multiple_of(2) && 2 * changed.train.lanes <= configs::lanes::MAX_LANES {
             changed.train.micro_batch /= 2;
             changed.train.lanes *= 2;
             let geometry = [("lanes", changed.train.lanes), ("micro_batch", changed.train.micro_batch)];

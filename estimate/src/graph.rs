@@ -96,8 +96,8 @@ pub fn segment_cost(
     };
     next.requires_grad = output.requires_grad;
     // The inputs are the segment before's, the output is counted by itself.
-    for other in [Some(tokens), Some(context), Some(output)].into_iter().flatten() {
-        other.storage.and_then(|storage| graph.saved.remove(&storage));
+    for storage in [tokens, context, output].iter().filter_map(|tensor| tensor.storage) {
+        graph.saved.remove(&storage);
     }
     let mut cost = graph.cost;
     cost.kept_bytes = graph.saved.values().sum::<f64>() + graph.small_bytes;

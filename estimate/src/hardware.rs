@@ -29,8 +29,6 @@ pub struct Hardware {
     pub nics_per_node: usize,
     /// Through each of them, one direction.
     pub nic_bytes_per_s: f64,
-    /// Devices of a node.
-    pub ranks_per_node: Option<usize>,
     /// Share of the rate of products that a step reaches.
     pub achieved_flops: f64,
     /// Share of the memory's rate.

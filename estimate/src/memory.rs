@@ -145,6 +145,25 @@ impl Sizes {
         most + 5.0 * latents as f64
     }
 
+    /// What validation and sample grids take between two steps: the averaged weights, gathered, and a segment's forward pass. The VAE of
+    /// the grids and the network of FID are not in it.
+    fn between_steps_bytes(&self, config: &RunConfig) -> f64 {
+        let batches = [
+            config
+                .validation
+                .as_ref()
+                .filter(|validation| validation.every_steps > 0)
+                .map(|validation| validation.batch),
+            // With guidance every sample is computed twice.
+            (config.sample.every_steps > 0).then_some(2 * config.sample.batch),
+            config.fid.as_ref().map(|_| 2 * config.sample.batch),
+        ];
+        let Some(batch) = batches.into_iter().flatten().max() else { return 0.0 };
+        let inside = self.costs.iter().map(|cost| cost.kept_bytes + cost.output_bytes).fold(0.0, f64::max);
+        // Without a graph about half of what it would keep is there at a time.
+        4.0 * self.numel() as f64 + 0.5 * inside * batch as f64 / config.train.micro_batch as f64
+    }
+
     /// What the fullest segment takes in its backward pass: activations and gradients.
     fn segment_bytes(&self) -> f64 {
         let of_segment = |(segment, cost): (&Segment, &SegmentCost)| {
@@ -173,6 +192,8 @@ impl Sizes {
         let batch = config.train.micro_batch * (4 * latent + ROW_BYTES);
         let all_batches = (config.train.steps.min(1 << 20) as usize).saturating_mul(groups.lanes_per_rank * batch);
         let read_ahead = (config.data.prefetch_bytes as usize).max(batch).min(all_batches);
+        let held_out = config.validation.as_ref().filter(|validation| validation.every_steps > 0);
+        let held_out = held_out.map_or(0, |validation| 4 * latent * validation.rows.div_ceil(world_size));
         let process = PROCESS_BYTES + if world_size > 1 { MPI_BYTES } else { 0.0 };
         let device = |name, bytes: usize| Category { name, bytes: bytes as u64, place: Place::Device };
         let host = |name, bytes: usize| Category { name, bytes: bytes as u64, place: Place::Host };
@@ -182,9 +203,14 @@ impl Sizes {
             device("moments", 8 * held),
             device("ema", 4 * averages * held),
             device("activations", self.activation_bytes(config) as usize),
+            // What a step does not need anyway.
+            device(
+                "between steps",
+                (self.between_steps_bytes(config) - self.activation_bytes(config)).max(0.0) as usize,
+            ),
             device("buffers", self.exchange_bytes(config) + on_the_way),
             host("checkpoint", 4 * groups.snapshot(&self.buckets, 1 + averages, 2)),
-            host("data", read_ahead + groups.lanes_per_rank * batch),
+            host("data", held_out + read_ahead + groups.lanes_per_rank * batch),
             host("process", process as usize),
         ];
         categories.push(match on_gpu {
