@@ -238,6 +238,26 @@ impl Event {
         serde_json::to_string(self).unwrap_or_default()
     }
 
+    /// When it happened.
+    pub fn time(&self) -> f64 {
+        match self {
+            Event::Start { time, .. }
+            | Event::Init { time, .. }
+            | Event::Step { time, .. }
+            | Event::Replaced { time, .. }
+            | Event::Diverged { time, .. }
+            | Event::Checkpoint { time, .. }
+            | Event::CheckpointSkipped { time, .. }
+            | Event::Sample { time, .. }
+            | Event::Validation { time, .. }
+            | Event::Scores { time, .. }
+            | Event::Sampling { time, .. }
+            | Event::Sampled { time, .. }
+            | Event::Stop { time, .. }
+            | Event::Done { time, .. } => *time,
+        }
+    }
+
     /// Reads a line; `None` if it is something else than a known event.
     pub fn parse(line: &str) -> Option<Event> {
         let line = line.trim();

@@ -1,6 +1,7 @@
 //! What was typed.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -13,6 +14,7 @@ use crate::plan::{Job, Request};
 /// Train, sample, validate or evaluate on this machine or on a cluster: plan the ranks, start them, watch them.
 ///
 /// Without a command it trains; running it again continues the run from its last committed checkpoint.
+/// `launcher status URL [--json]`, without a config, says what a run has come to, from its folder alone.
 /// Exit codes: 0 the last step was reached, or all samples are written; 75 saved on request, run it again to continue;
 /// 2 wrong usage or config; 1 anything else.
 #[derive(Debug, Parser)]
@@ -54,6 +56,10 @@ pub struct Cli {
     /// Append to this file, every second or less often with many ranks, where every rank is and how the run goes: a JSON object a line.
     #[arg(long, value_name = "FILE")]
     pub status_file: Option<PathBuf>,
+    /// Serve the same over HTTP while the launcher runs: a page at /, /metrics for Prometheus, /status.json. 127.0.0.1:PORT is for programs
+    /// of this machine; another address needs a token in DITHAROS_STATUS_TOKEN, or in the file of DITHAROS_STATUS_TOKEN_FILE.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub status_addr: Option<SocketAddr>,
     /// Print the plan and start nothing: who computes what, whether it fits, how long it will take. `launcher plan …` is the same.
     #[arg(long)]
     pub dry_run: bool,

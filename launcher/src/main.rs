@@ -14,7 +14,9 @@ mod status;
 mod supervise;
 mod topology;
 
+use std::ffi::OsString;
 use std::io::{ErrorKind, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 
@@ -30,10 +32,17 @@ use crate::machine::Machine;
 use crate::plan::{Plan, PlanError};
 use crate::runner::Runner;
 use crate::status::Status;
+use crate::status::server::ServerError;
 
 fn main() -> ExitCode {
     if supervise::run_as_guard_if_asked() {
         return ExitCode::SUCCESS;
+    }
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|command| command == STATUS) {
+        let error = status_of_run(arguments.collect());
+        supervise::say(&format!("launcher: {error:#}"));
+        return ExitCode::FAILURE;
     }
     let code = run(&Cli::parse_from(cli::spelled_out(std::env::args_os()))).unwrap_or_else(|error| {
         supervise::say(&format!("launcher: {error:#}"));
@@ -61,10 +70,27 @@ fn run(cli: &Cli) -> anyhow::Result<i32> {
         Start::Engine(_) => {
             trainer.check()?;
             let status = Arc::new(Status::new(cli.status_file.as_deref())?);
+            if let Some(address) = cli.status_addr {
+                let address = status::server::start(address, status.clone())?;
+                supervise::say(&format!("launcher: status at http://{address}/"));
+            }
             Runner { config: &config, request, trainer: &trainer, status }.run(cli.restarts)
         }
         Start::Handover(handover) => hand_over(&handover),
     }
+}
+
+/// The command that needs no config.
+const STATUS: &str = "status";
+
+/// Becomes `trainer status`, which reads a run from its store; gives why it cannot.
+fn status_of_run(options: Vec<OsString>) -> anyhow::Error {
+    let trainer = match std::env::current_exe() {
+        Ok(this) => this.with_file_name("trainer"),
+        Err(error) => return anyhow::Error::new(error).context("cannot find the launcher's own executable"),
+    };
+    let error = Command::new(&trainer).arg(STATUS).args(options).exec();
+    anyhow::Error::new(error).context(format!("{}: cannot be started; build it with ./dev build", trainer.display()))
 }
 
 /// Gives the text to the scheduler, or to whoever reads the output.
@@ -90,6 +116,7 @@ fn hand_over(Handover { text, submit }: &Handover) -> anyhow::Result<i32> {
 /// Mistakes of the caller are told from failures of the run: repeating the same command would be useless.
 fn code_of(error: &anyhow::Error) -> i32 {
     let usage = error.is::<ConfigError>()
+        || error.is::<ServerError>()
         || error.is::<PlanError>()
         || error.is::<ClusterError>()
         || error.is::<HardwareError>();

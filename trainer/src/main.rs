@@ -25,6 +25,8 @@ enum Command {
     Validate(commands::validate::ValidateArgs),
     /// What would keep a run from running well: libraries, GPUs, memory, data, store, clocks, network.
     Doctor(commands::doctor::DoctorArgs),
+    /// What a run has come to, from its folder alone: last step, loss, newest checkpoint.
+    Status(commands::status::StatusArgs),
     /// Lists, verifies, tidies up and removes the checkpoints of a run.
     Checkpoints(commands::checkpoints::CheckpointsArgs),
     /// A run that goes on from a checkpoint of the official code, SiT, diffusers or a safetensors file.
@@ -55,6 +57,7 @@ fn main() {
         Command::Evaluate(args) => commands::evaluate::evaluate(&args),
         Command::Validate(args) => commands::validate::validate(&args),
         Command::Doctor(args) => commands::doctor::doctor(&args),
+        Command::Status(args) => commands::status::status(&args).map(|()| 0),
         Command::Checkpoints(args) => commands::checkpoints::checkpoints(&args).map(|()| 0),
         Command::Import(args) => commands::import::import(&args).map(|()| 0),
         Command::Export(args) => commands::export::export(&args).map(|()| 0),

@@ -7,6 +7,7 @@ use configs::{Bind, ClusterConfig};
 use super::{Cluster, ClusterError, EngineCommand, Output, Start, TrainerCall, environment};
 use crate::cli::Via;
 use crate::plan::Plan;
+use crate::status::server::TOKEN_VARIABLES;
 
 /// Variables of the launcher that ranks on other machines get, too: credentials and settings of stores, proxies, certificates,
 /// NCCL. Their names are arguments of mpirun; their values travel in its own channel.
@@ -77,7 +78,8 @@ impl Mpirun {
         for (key, value) in KEEPALIVE {
             argv.extend(["--mca", key, value].map(OsString::from));
         }
-        let is_handed_on = |name: &&str| HANDED_ON.iter().any(|prefix| name.starts_with(prefix));
+        let is_handed_on =
+            |name: &&str| HANDED_ON.iter().any(|prefix| name.starts_with(prefix)) && !TOKEN_VARIABLES.contains(name);
         let mut names: Vec<&str> = self.variables.iter().map(String::as_str).filter(is_handed_on).collect();
         names.extend(env.iter().map(|(name, _)| *name));
         names.sort_unstable();

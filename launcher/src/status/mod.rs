@@ -2,7 +2,9 @@
 //! terminal and the status server show it.
 
 mod file;
+mod history;
 mod ranks;
+pub mod server;
 
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::plan::Plan;
 use file::StatusFile;
+use history::History;
 use ranks::Ranks;
 
 /// Shared by the supervisor, which writes, and whoever shows it.
@@ -30,6 +33,7 @@ struct State {
     world_size: usize,
     /// The newest `step` event.
     step: Option<Event>,
+    history: History,
     /// Step and time of the newest checkpoint.
     checkpoint: Option<(u64, f64)>,
     /// Step and place of the newest sample grid.
@@ -73,6 +77,7 @@ impl Status {
             attempt: None,
             world_size: 0,
             step: None,
+            history: History::default(),
             checkpoint: None,
             sample: None,
             ranks: Ranks::default(),
@@ -104,8 +109,12 @@ impl Status {
             Event::Start { attempt, resumed_from, time, .. } => {
                 state.attempt = Some(*attempt);
                 state.checkpoint = state.checkpoint.or(resumed_from.map(|step| (step, *time)));
+                state.history.go_back_to(resumed_from.unwrap_or(0));
             }
-            Event::Step { .. } => state.step = Some(event.clone()),
+            Event::Step { step, loss, images_per_s, time, .. } => {
+                state.history.push(*step, *loss, *images_per_s, *time);
+                state.step = Some(event.clone());
+            }
             Event::Checkpoint { step, time, .. } => state.checkpoint = Some((*step, *time)),
             Event::Sample { step, path, .. } => state.sample = Some((*step, path.clone())),
             _ => {}
@@ -158,6 +167,21 @@ impl Status {
             let other = ranks.waited_for(rank, when)?;
             Some(format!("the others waited for rank {other}: it was {}", ranks.place(other, when)?))
         })
+    }
+
+    /// Everything that is known now.
+    pub fn snapshot(&self, now: Instant) -> Value {
+        self.state().snapshot(now)
+    }
+
+    /// The logged steps of all starts by this launcher.
+    pub fn history(&self) -> Value {
+        self.state().history.points().iter().copied().map(history::Point::to_json).collect()
+    }
+
+    /// The place of the newest sample grid.
+    pub fn sample(&self) -> Option<String> {
+        self.state().sample.as_ref().map(|(_, path)| path.clone())
     }
 
     /// A line for each of the ranks that are worth the room.

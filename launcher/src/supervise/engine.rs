@@ -18,6 +18,7 @@ use super::faults::Ended;
 use super::guard::Guard;
 use super::session;
 use crate::cluster::{EngineCommand, token};
+use crate::status::server::TOKEN_VARIABLES;
 
 /// A running engine.
 pub struct Engine {
@@ -40,6 +41,7 @@ impl Engine {
         if command.meets_over_tcp {
             process.envs(token::for_one_start()?);
         }
+        TOKEN_VARIABLES.iter().for_each(|name| _ = process.env_remove(name));
         process.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // SAFETY: between fork and exec only setsid, prctl and getppid are called, which are async-signal-safe and
         // allocate nothing (an error is a plain errno).

@@ -14,6 +14,7 @@ pub mod inspect;
 pub mod preview;
 pub mod ranks;
 pub mod sample;
+pub mod status;
 pub mod train;
 pub mod validate;
 
