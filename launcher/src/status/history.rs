@@ -40,6 +40,9 @@ impl Default for History {
 impl History {
     /// Takes the next logged step.
     pub fn push(&mut self, step: u64, loss: f64, images_per_s: f64, time: f64) {
+        if self.points.last().is_some_and(|last| last.step >= step) {
+            self.go_back_to(step.saturating_sub(1));
+        }
         self.offered += 1;
         if !self.offered.is_multiple_of(self.stride) {
             return;
@@ -78,6 +81,9 @@ mod tests {
         assert!((MOST / 4..MOST).contains(&points.len()), "{}", points.len());
         let gaps: Vec<u64> = points.windows(2).map(|pair| pair[1].step - pair[0].step).collect();
         assert!(gaps.iter().all(|gap| *gap == gaps[0]), "{gaps:?}");
+        // A run that has gone back by itself.
+        history.push(9000, 1.0, 1.0, 0.0);
+        assert!(history.points().iter().all(|point| point.step <= 9000));
         history.go_back_to(500);
         assert!(!history.points().is_empty() && history.points().iter().all(|point| point.step <= 500));
     }
