@@ -89,11 +89,14 @@ impl Slurm {
         };
         format!(
             "#!/bin/bash\n{asks}\n\
+             # USR1 comes before the time limit. TERM is a cancellation, or a pre-emption after which Slurm itself requeues the job.\n\
+             launcher= asked= time_is_over=\n\
+             stop() {{ asked=yes; [ -z \"$launcher\" ] || kill -USR1 \"$launcher\"; }}\n\
+             trap 'time_is_over=yes; stop' USR1\n\
+             trap stop TERM\n\
              {} &\n\
              launcher=$!\n\
-             # USR1 comes before the time limit. TERM is a cancellation, or a pre-emption after which Slurm itself requeues the job.\n\
-             trap 'time_is_over=yes; kill -USR1 $launcher' USR1\n\
-             trap 'kill -USR1 $launcher' TERM\n\
+             [ -z \"$asked\" ] || stop\n\
              wait $launcher; code=$?\n\
              # A signal ends the wait, not the launcher.\n\
              while kill -0 $launcher 2>/dev/null; do wait $launcher; code=$?; done\n\

@@ -229,8 +229,10 @@ fn limit_stop(config: &RunConfig, stop: &StopFlag, collective: &Arc<dyn Collecti
     if grace_s == 0 {
         return Ok(None);
     }
-    let collective = collective.clone();
+    // The thread must not keep what the main thread has let go: the last to let go of MPI finalises it.
+    let collective = Arc::downgrade(collective);
     let give_up = move || {
+        let Some(collective) = collective.upgrade() else { return };
         eprintln!(
             "trainer: error: rank {}: asked to stop, but the checkpoint was not committed within checkpoint.grace_s = {grace_s} s; \
              the run resumes from the last one that was",
