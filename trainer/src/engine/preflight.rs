@@ -118,7 +118,7 @@ fn same(collective: &dyn Collective, facts: Facts, advice: &str) -> Result<()> {
     if digests.iter().all(|digest| *digest == digests[0]) {
         return Ok(());
     }
-    let host = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let host = collective::host_name();
     let all = collective.gather_bytes(&serde_json::to_vec(&Identity { host, facts })?).context(context)?;
     let read = |message: &Vec<u8>| serde_json::from_slice::<Identity>(message).context(context);
     let all: Vec<Identity> = all.iter().map(read).collect::<Result<_>>()?;

@@ -33,7 +33,7 @@ impl Heartbeat {
         phases::watch();
         let period = PERIOD.max(PERIOD_PER_RANK * world_size.try_into().unwrap_or(u32::MAX));
         let (stop, stopped) = channel();
-        let host = hostname();
+        let host = collective::host_name();
         let mut last: Option<(Instant, u64)> = None;
         let work = move || {
             loop {
@@ -105,10 +105,6 @@ fn has_room() -> bool {
     is_ready && stdout.revents & libc::POLLOUT != 0 && unread <= MOST_UNREAD
 }
 
-fn hostname() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
-}
-
 /// From the second number of /proc/self/statm; 0 where there is none.
 fn resident_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
@@ -124,7 +120,7 @@ mod tests {
 
     #[test]
     fn this_process_has_a_name_and_memory() {
-        assert!(!hostname().is_empty());
+        assert!(!collective::host_name().is_empty());
         assert!(resident_bytes() > 1 << 20, "{}", resident_bytes());
     }
 }
