@@ -133,6 +133,15 @@ impl dyn Collective + '_ {
         Ok(lengths.iter().enumerate().map(message_of).collect())
     }
 
+    /// How many consecutive ranks each node (host name) has, if all have equally many; else, and where nodes take turns, 1. All ranks
+    /// call it together; it blocks.
+    ///
+    /// # Errors
+    /// See [`Collective::start`] and [`Pending::wait`].
+    pub fn ranks_per_node(&self) -> Result<usize, CollectiveError> {
+        Ok(equal_runs(&self.gather_bytes(host_name().as_bytes())?))
+    }
+
     /// The two groups that a hierarchical operation climbs through. All ranks call it together; it blocks.
     ///
     /// # Errors
@@ -159,6 +168,14 @@ fn place_on_node(node_of_rank: &[Vec<u8>], rank: usize) -> (usize, usize) {
     let here = |other: &&Vec<u8>| **other == node_of_rank[rank];
     let first = node_of_rank.iter().take(rank).position(|other| *other == node_of_rank[rank]).unwrap_or(rank);
     (first, node_of_rank.iter().take(rank).filter(here).count())
+}
+
+/// The length of the runs of equal names, if they are equally long and no name has two.
+fn equal_runs(node_of_rank: &[Vec<u8>]) -> usize {
+    let runs: Vec<&[Vec<u8>]> = node_of_rank.chunk_by(|a, b| a == b).collect();
+    let length = runs.first().map_or(1, |run| run.len());
+    let names: std::collections::HashSet<&Vec<u8>> = node_of_rank.iter().collect();
+    if names.len() == runs.len() && runs.iter().all(|run| run.len() == length) { length } else { 1 }
 }
 
 /// The name of this machine.
@@ -193,5 +210,14 @@ mod tests {
         assert_eq!(places("aabb"), [(0, 0), (0, 1), (2, 0), (2, 1)]);
         assert_eq!(places("abab"), [(0, 0), (1, 0), (0, 1), (1, 1)]);
         assert_eq!(places("a"), [(0, 0)]);
+    }
+
+    #[test]
+    fn nodes_count_where_each_has_equally_many_consecutive_ranks() {
+        let nodes = |names: &str| names.bytes().map(|name| vec![name]).collect::<Vec<_>>();
+        let cases = [("aabb", 2), ("abab", 1), ("aaab", 1), ("aabbaa", 1), ("a", 1), ("aaaa", 4), ("aaabbbccc", 3)];
+        for (names, ranks) in cases {
+            assert_eq!(super::equal_runs(&nodes(names)), ranks, "{names}");
+        }
     }
 }

@@ -38,6 +38,11 @@ impl Comm {
         }
         Self { handle, rank: rank as usize, size: size as usize }
     }
+
+    /// Whether both are the same communicator.
+    pub fn is(&self, other: &Self) -> bool {
+        self.handle == other.handle
+    }
 }
 
 /// The address that means "in place": 1 for Open MPI, -1 for MPICH and its kin.

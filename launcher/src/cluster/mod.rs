@@ -233,10 +233,17 @@ pub fn for_plan(plan: &Plan, config: &RunConfig) -> Box<dyn Cluster> {
     }
 }
 
+/// Over TCP, Open MPI would send a message in one piece, behind which its replies to the other rank wait, so that two ranks that exchange
+/// something would use one direction at a time.
+const FRAGMENTS_VARIABLE: &str = "OMPI_MCA_btl_tcp_rdma_pipeline_frag_size";
+const FRAGMENT_BYTES: &str = "131072";
+
 /// What ranks need in their environment.
 fn environment(threads_per_rank: usize) -> Vec<(&'static str, String)> {
     let threads = threads_per_rank.to_string();
+    let fragments = std::env::var(FRAGMENTS_VARIABLE).unwrap_or_else(|_| FRAGMENT_BYTES.to_owned());
     vec![
+        (FRAGMENTS_VARIABLE, fragments),
         (EVENTS_VARIABLE, EVENTS_STDOUT.to_owned()),
         // Threads are part of the experiment: set, and not changed at run time.
         ("OMP_NUM_THREADS", threads.clone()),
