@@ -174,7 +174,12 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
             every_steps: r.integer("log.every_steps", 1..=ANY, 10),
             tensorboard: r.boolean("log.tensorboard", true),
         },
-        collective: CollectiveConfig { timeout_s: r.integer("collective.timeout_s", 1..=604_800, 600) },
+        collective: CollectiveConfig {
+            timeout_s: r.integer("collective.timeout_s", 1..=604_800, 600),
+            node_ranks: r
+                .optional_integer("collective.node_ranks", 1..=MAX_LANES as u64)
+                .map(|ranks| ranks as usize),
+        },
         cluster: cluster::read(r),
     }
 }
@@ -395,6 +400,9 @@ fn check(r: &mut Reader, c: &RunConfig) {
         );
     }
     check_sharding(r, &c.train);
+    if let Some(ranks) = c.collective.node_ranks.filter(|_| r.sound(&["collective.node_ranks"])) {
+        refuse_other_than_a_power_of_two(r, "collective.node_ranks", ranks);
+    }
     divergence::check(r, &c.divergence);
     optimizer::check(r, c);
     validation::check(r, c);
@@ -402,14 +410,19 @@ fn check(r: &mut Reader, c: &RunConfig) {
     check_sampling(r, c);
 }
 
+fn refuse_other_than_a_power_of_two(r: &mut Reader, key: &str, ranks: usize) {
+    if !ranks.is_power_of_two() {
+        let above = ranks.next_power_of_two();
+        r.refuse(key, "is not a power of two", format!("use {} or {above}", above / 2));
+    }
+}
+
 fn check_sharding(r: &mut Reader, train: &TrainConfig) {
     let Some(ranks) = train.sharding_ranks.filter(|_| r.sound(&["train.sharding", "train.sharding_ranks"])) else {
         return;
     };
-    if !ranks.is_power_of_two() {
-        let above = ranks.next_power_of_two();
-        r.refuse("train.sharding_ranks", "is not a power of two", format!("use {} or {above}", above / 2));
-    } else if train.sharding == Sharding::Nothing {
+    refuse_other_than_a_power_of_two(r, "train.sharding_ranks", ranks);
+    if train.sharding == Sharding::Nothing {
         r.refuse(
             "train.sharding_ranks",
             "means nothing where every rank holds everything",

@@ -187,6 +187,7 @@ fn wrong_types_and_ranges_are_refused() {
         ("train.precision=fp16", "not one of the choices"),
         ("train.tf32=yes", "not true or false"),
         ("train.sharding_ranks=6", "not a power of two"),
+        ("collective.node_ranks=3", "not a power of two"),
     ] {
         let mistakes = load(SMALL, &[given]).unwrap_err();
         assert!(mistakes[0].problem.contains(problem), "{given}: {mistakes:#?}");

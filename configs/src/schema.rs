@@ -729,6 +729,10 @@ pub struct LogConfig {
 pub struct CollectiveConfig {
     /// Seconds after which a rank gives up waiting for the others, 1 to 604800.
     pub timeout_s: u64,
+    /// So many consecutive ranks, a power of two, exchange sums and weights among themselves before these go to other ranks. `None`: the
+    /// ranks of each node.
+    #[serde(skip_serializing_if = "is_default")]
+    pub node_ranks: Option<usize>,
 }
 
 impl RunConfig {

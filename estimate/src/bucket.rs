@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use configs::{Reduction, RunConfig, Sharding};
+use configs::{OnDivergence, Reduction, RunConfig, Sharding};
 
 use crate::model::{Param, Segment};
 
@@ -58,23 +58,30 @@ pub struct Groups {
     pub lanes_per_rank: usize,
     /// Lanes of the experiment.
     pub lanes: usize,
+    /// What is shared out is so among all ranks; the groups, which are nodes, are the way there.
+    pub over_all: bool,
 }
 
 impl Groups {
-    /// Those of so many ranks, of which the lanes must be a multiple.
-    pub fn of(config: &RunConfig, world_size: usize) -> Groups {
+    /// Those of `world_size` ranks, of which the lanes must be a multiple, on nodes of `ranks_per_node`.
+    pub fn of(config: &RunConfig, world_size: usize, ranks_per_node: usize) -> Groups {
         let train = &config.train;
+        let node_ranks = config.collective.node_ranks.unwrap_or(ranks_per_node);
         let most = train.sharding_ranks.unwrap_or(world_size).min(world_size);
         let shards = match train.sharding {
             Sharding::Nothing => 1,
             _ => (1..=most).rev().find(|ranks| world_size.is_multiple_of(*ranks)).unwrap_or(1),
         };
+        let are_nodes = (2..world_size).contains(&node_ranks) && world_size.is_multiple_of(node_ranks);
+        let over_all = shards == world_size && are_nodes && train.sharding != Sharding::Weights;
+        let shards = if over_all { node_ranks } else { shards };
         Groups {
             sharding: train.sharding,
             shards,
             replicas: world_size / shards,
             lanes_per_rank: (train.lanes / world_size).max(1),
             lanes: train.lanes,
+            over_all,
         }
     }
 
@@ -88,9 +95,20 @@ impl Groups {
         self.sharding == Sharding::Weights && self.shards > 1
     }
 
+    /// Whether the update of some weights need not wait for all gradients, see `trainer/src/engine/stepper.rs`.
+    pub fn updates_ahead(&self, config: &RunConfig) -> bool {
+        let shares = self.shards > 1 && (self.replicas == 1 || self.over_all) && !self.shares_out_weights();
+        shares && config.optimizer.clip_grad_norm.is_none() && config.divergence.policy != OnDivergence::Skip
+    }
+
+    /// Elements of a bucket that come to a rank in its group.
+    pub fn part(&self, bucket: &Bucket) -> usize {
+        bucket.numel / self.shards
+    }
+
     /// Elements of a bucket whose state a rank holds.
     pub fn held(&self, bucket: &Bucket) -> usize {
-        bucket.numel / self.shards
+        self.part(bucket) / if self.over_all { self.replicas } else { 1 }
     }
 
     /// Elements that a rank copies for a checkpoint: of what it answers for, in `weights` sections with all parameters and

@@ -60,7 +60,7 @@ impl Estimate {
     /// Of a config on such machines.
     pub fn new(config: &RunConfig, dims: &Dims, machines: &Machines, hardware: &Hardware) -> Estimate {
         let world_size = machines.nodes * machines.ranks_per_node;
-        let sizes = Sizes::new(config, dims, world_size);
+        let sizes = Sizes::new(config, dims, world_size, machines.ranks_per_node);
         let wire = wire::wire(&sizes, config, machines.nodes, machines.ranks_per_node, hardware.nics_per_node);
         let time = sizes.time(config, hardware, &wire, world_size);
         let memory = sizes.memory(config, world_size, machines.on_gpu);

@@ -68,8 +68,8 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Those of a config on so many ranks.
-    pub fn new(config: &RunConfig, dims: &Dims, world_size: usize) -> Sizes {
+    /// Those of a config on `world_size` ranks, on nodes of `ranks_per_node`.
+    pub fn new(config: &RunConfig, dims: &Dims, world_size: usize, ranks_per_node: usize) -> Sizes {
         let segments = crate::model::segments(config, dims);
         let buckets = segments.iter().map(|segment| Bucket::new(segment, config.train.lanes)).collect();
         let mut inputs = Inputs { requires_grad: false, context_requires_grad: false };
@@ -79,7 +79,7 @@ impl Sizes {
             cost
         };
         let costs = segments.iter().map(cost).collect();
-        Sizes { dims: dims.clone(), buckets, costs, groups: Groups::of(config, world_size), segments }
+        Sizes { dims: dims.clone(), buckets, costs, groups: Groups::of(config, world_size, ranks_per_node), segments }
     }
 
     /// Parameters, padding left out.
@@ -101,6 +101,11 @@ impl Sizes {
     /// Elements that a rank holds the state of.
     pub fn held(&self) -> usize {
         self.buckets.iter().map(|bucket| self.groups.held(bucket)).sum()
+    }
+
+    /// Elements that come to a rank in its group.
+    pub fn part(&self) -> usize {
+        self.buckets.iter().map(|bucket| self.groups.part(bucket)).sum()
     }
 
     /// Whether a segment's activations are computed twice.
@@ -125,7 +130,7 @@ impl Sizes {
             (_, Reduction::Fast, ReductionDtype::Fp32) => 4 * (numel / count),
             (_, Reduction::Fast, ReductionDtype::Bf16) => 2 * (numel / count),
         };
-        let of_bucket = |bucket: &Bucket| room(bucket.numel, in_group) + room(self.groups.held(bucket), replicas);
+        let of_bucket = |bucket: &Bucket| room(bucket.numel, in_group) + room(self.groups.part(bucket), replicas);
         self.buckets.iter().map(of_bucket).sum()
     }
 
@@ -180,7 +185,8 @@ impl Sizes {
         let (numel, held) = (self.numel(), self.held());
         let is_rounded = config.reduction == Reduction::Fast && config.reduction_dtype == ReductionDtype::Bf16;
         let weights = if groups.shares_out_weights() { held + self.largest(2) } else { numel };
-        let sums = groups.sum_buffers(config.reduction) * if groups.shares_out_gradients() { held } else { numel };
+        let part = self.part();
+        let sums = groups.sum_buffers(config.reduction) * if groups.shares_out_gradients() { part } else { numel };
         // A segment's gradients, before they are added to the sums.
         let gradients = 4 * (sums + self.largest(1)) + if is_rounded && world_size > 1 { 4 * held } else { 0 };
         let on_the_way = match groups.shares_out_gradients() {

@@ -27,14 +27,18 @@ fn bytes(estimate: &Estimate, name: &str) -> u64 {
 #[test]
 fn sharing_out_in_each_node_sends_over_its_cards_what_a_hierarchical_sum_does() {
     let hybrid = estimate(4, 8, &["train.sharding_ranks=8"]);
-    let numel = Sizes::new(&config(&[]), &Dims::of(&config(&[]), DATA), 32).numel() as u64;
+    let numel = Sizes::new(&config(&[]), &Dims::of(&config(&[]), DATA), 32, 8).numel() as u64;
     // Out and back, three quarters of a copy each.
     assert_eq!(hybrid.wire.gradients_bytes_per_node, 2 * 3 * numel);
     assert_eq!((hybrid.wire.weights_bytes_per_node, hybrid.wire.bytes_per_nic), (0, 6 * numel / 8));
+    // Shared out among all ranks, gradients go out and weights come back by the same way.
+    let climbing = estimate(4, 8, &[]);
+    assert_eq!(climbing.wire.gradients_bytes_per_node, 3 * numel);
+    assert_eq!((climbing.wire.weights_bytes_per_node, climbing.wire.bytes_per_nic), (3 * numel, 6 * numel / 8));
+    assert!(climbing.memory.peak_bytes < hybrid.memory.peak_bytes);
     // All ranks in one group: every rank sends each of the 24 others elsewhere its part.
-    let flat = estimate(4, 8, &[]);
+    let flat = estimate(4, 8, &["collective.node_ranks=1"]);
     assert_eq!(flat.wire.gradients_bytes_per_node, 4 * numel / 32 * 24 * 8);
-    assert!(flat.memory.peak_bytes < hybrid.memory.peak_bytes);
     let alone = estimate(1, 8, &[]).wire;
     assert_eq!((alone.gradients_bytes_per_node, alone.bytes_per_nic), (0, 0));
     assert_eq!(alone.gradients_bytes_per_rank, 4 * numel / 8 * 7);

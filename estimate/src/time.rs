@@ -48,7 +48,8 @@ impl Sizes {
 
     /// A step's time on such hardware. What a rank sends goes over the node's links, what leaves a node through its interfaces;
     /// gradients travel while lanes are run backwards (in the last lane only, where they travel once a step), weights while they are
-    /// run forwards or, where they are shared out, both ways. The slower of the two counts, and after it the update.
+    /// run forwards or, where they are shared out, both ways; a third of them may go behind the gradients. The slower of the two counts, and
+    /// after it the update.
     pub fn time(&self, config: &RunConfig, hardware: &Hardware, wire: &Wire, world_size: usize) -> Time {
         let lanes = self.groups.lanes_per_rank as f64;
         let threads = if hardware.memory_bytes.is_none() { config.train.threads_per_rank as f64 } else { 1.0 };
@@ -72,7 +73,10 @@ impl Sizes {
         // A backward pass takes two thirds of a lane.
         let backwards = if self.groups.shares_out_gradients() { lanes } else { 1.0 } * lane_s * 2.0 / 3.0;
         let forwards = if self.groups.shares_out_weights() { compute_s } else { lane_s / 3.0 };
-        let exposed_wire_s = (gradients_s - backwards).max(0.0) + (weights_s - forwards).max(0.0);
+        let ahead_s = if self.groups.updates_ahead(config) { weights_s / 3.0 } else { 0.0 };
+        let behind_gradients = (backwards - gradients_s).clamp(0.0, ahead_s);
+        let exposed_wire_s =
+            (gradients_s - backwards).max(0.0) + (weights_s - behind_gradients - forwards).max(0.0);
         let averages = (1 + config.ema.further_decays.len() + config.ema.power.len()) as f64;
         let update_s = self.held() as f64 * (ADAMW_BYTES + AVERAGE_BYTES * averages) / memory_rate;
         let step_s = compute_s + exposed_wire_s + update_s;

@@ -75,11 +75,13 @@ pub fn wire(sizes: &Sizes, config: &RunConfig, nodes: usize, ranks_per_node: usi
     };
     let lanes = groups.lanes_per_rank as f64;
     for (index, bucket) in sizes.buckets.iter().enumerate() {
-        let (whole, held) = (bucket.numel as f64, groups.held(bucket) as f64);
+        let (whole, part) = (bucket.numel as f64, groups.part(bucket) as f64);
         let times = if groups.shares_out_gradients() { lanes } else { 1.0 };
         add(&mut gradients, times, group.exchange(width * whole, pattern));
-        add(&mut gradients, 1.0, peers.exchange(width * held, pattern));
-        add(&mut gradients, 1.0, peers.exchange(4.0 * held, Pattern::Ring));
+        add(&mut gradients, 1.0, peers.exchange(width * part, pattern));
+        // Mean gradients go back where several ranks hold the same, new weights where each holds its own.
+        let back = if groups.over_all { &mut weights } else { &mut gradients };
+        add(back, 1.0, peers.exchange(4.0 * part, Pattern::Ring));
         // Forwards and backwards in every lane; the last segment once, and the first only where lanes do not meet.
         let times = match groups.shares_out_weights() {
             false => 1.0,

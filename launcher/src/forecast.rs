@@ -318,7 +318,7 @@ fn measured(config: &RunConfig, dims: &Dims, asked: &Asked) -> anyhow::Result<f6
     let data = DataDims { input_size: dims.input_size, in_channels: dims.in_channels, num_classes: dims.num_classes };
     let shallow_dims = Dims { mlp_hidden: 4 * dims.hidden_size, learn_sigma: true, ..Dims::of(&shallow, data) };
     let of = |config: &RunConfig, dims: &Dims| {
-        let ([fp32, bf16], _) = estimate::Sizes::new(config, dims, 1).lane_work(config);
+        let ([fp32, bf16], _) = estimate::Sizes::new(config, dims, 1, 1).lane_work(config);
         fp32 + bf16
     };
     let precision = if config.train.precision == Precision::Bf16 { "bf16" } else { "fp32" };

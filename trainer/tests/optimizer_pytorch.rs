@@ -148,7 +148,10 @@ fn groups_clipping_schedule_and_ema_are_those_of_pytorch() {
         write(folder, &format!("grads-{step}"), &trainable(&buckets, |index, _| grads[index].shallow_clone()));
         let squares = grads.iter().map(|grad| grad.square().sum(Kind::Double).double_value(&[]));
         norms.push(squares.sum::<f64>().sqrt());
-        optimizer.update(&buckets.0, &grads, step, norms[norms.len() - 1]).unwrap();
+        optimizer.clip(&grads, norms[norms.len() - 1]);
+        let mut parts = buckets.0.iter().zip(&grads);
+        parts.try_for_each(|(bucket, grad)| optimizer.update_bucket(bucket, grad, step)).unwrap();
+        optimizer.end_update();
     }
     assert!(norms.iter().any(|norm| *norm > MAX_NORM) && norms.iter().any(|norm| *norm < MAX_NORM), "{norms:?}");
 

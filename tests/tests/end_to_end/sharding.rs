@@ -12,6 +12,8 @@ struct Way {
     sharding: usize,
     /// `train.sharding_ranks`; 0 where it is not given.
     group: usize,
+    /// `collective.node_ranks`; 0 where it is not given.
+    node: usize,
     activation_checkpointing: usize,
 }
 
@@ -21,9 +23,13 @@ impl Way {
         let mut ways = Vec::new();
         for (precision, lanes) in EXPERIMENTS {
             for (ranks, sharding) in [1, 2, 4].into_iter().flat_map(|ranks| [1, 0, 2, 3].map(|level| (ranks, level))) {
-                let groups: &[usize] = if ranks == 4 && sharding > 0 { &[0, 2] } else { &[0] };
-                for (&group, every) in groups.iter().flat_map(|group| [0, 1].map(|every| (group, every))) {
-                    ways.push(Self { precision, lanes, ranks, sharding, group, activation_checkpointing: every });
+                let places: &[[usize; 2]] = match (ranks, sharding) {
+                    (4, 1 | 2) => &[[0, 0], [2, 0], [0, 2]],
+                    (4, 3) => &[[0, 0], [2, 0]],
+                    _ => &[[0, 0]],
+                };
+                for (&[group, node], every) in places.iter().flat_map(|place| [0, 1].map(|every| (place, every))) {
+                    ways.push(Self { precision, lanes, ranks, sharding, group, node, activation_checkpointing: every });
                 }
             }
         }
@@ -36,8 +42,8 @@ impl Way {
 
     /// Every two of its settings with their places.
     fn pairs(&self) -> Vec<[(usize, usize); 2]> {
-        let Self { precision, lanes, ranks, sharding, group, activation_checkpointing } = *self;
-        let values = [usize::from(precision == "bf16"), lanes, ranks, sharding, group, activation_checkpointing];
+        let Self { precision, lanes, ranks, sharding, group, node, activation_checkpointing } = *self;
+        let values = [usize::from(precision == "bf16"), lanes, ranks, sharding, group, node, activation_checkpointing];
         let places = 0..values.len();
         places.clone().flat_map(|b| (0..b).map(move |a| [(a, values[a]), (b, values[b])])).collect()
     }
@@ -67,6 +73,9 @@ impl Way {
             format!("train.activation_checkpointing={}", self.activation_checkpointing),
         ];
         overrides.extend((self.group > 0).then(|| format!("train.sharding_ranks={}", self.group)));
+        overrides.extend((self.node > 0).then(|| format!("collective.node_ranks={}", self.node)));
+        // Without a limit on the norm a part of the update comes before the end of the backward pass.
+        overrides.extend((self.lanes == 16).then(|| "optimizer.clip_grad_norm=0.05".to_owned()));
         overrides
     }
 }
@@ -79,7 +88,7 @@ const EVERYTHING: [&str; 7] = [
     "train.steps=12",
     "checkpoint.every_steps=100",
     "optimizer.groups=[{match=[\"*.bias\", \"y_embedder.*\"], weight_decay=0.0}, {match=[\"blocks.0.*\"], lr_scale=0.3}]",
-    "optimizer.clip_grad_norm=0.05",
+    "model.depth=4",
     "optimizer.warmup_steps=4",
     "ema.further_decays=[0.5]",
     "log.tensorboard=false",
@@ -147,7 +156,7 @@ fn a_checkpoint_is_read_at_any_sharding_on_any_number_of_ranks() {
     go_on("moved", 2, 6, &["train.sharding=0", "train.activation_checkpointing=1"]);
     go_on("moved", 4, 9, &["train.sharding=3", "train.sharding_ranks=2"]);
     go_on("moved", 1, 10, &["train.sharding=2"]);
-    go_on("moved", 2, 12, &["train.sharding=2"]);
+    go_on("moved", 4, 12, &["collective.node_ranks=2"]);
     assert_eq!(experiment.digest("moved"), experiment.digest("alone"));
     let expected = judged("alone");
     assert_eq!(expected.len(), 12, "three sets of weights, four times");

@@ -66,6 +66,11 @@ impl Guard {
         self.losses.iter().map(|loss| f64::from(*loss)).collect()
     }
 
+    /// Whether a step that has diverged may be left without an update while the run goes on from the weights that are there.
+    pub(super) fn may_skip(&self) -> bool {
+        self.config.policy == OnDivergence::Skip
+    }
+
     /// A step of this loss has made an update.
     pub(super) fn made(&mut self, loss: f64) {
         if self.config.loss_spike.is_none() {
@@ -162,7 +167,7 @@ impl Display for Diverged {
         if let Some(LaneAtFault { rank, host, .. }) = self.lanes.first() {
             write!(f, "rank {rank}: host {host}, ")?;
         }
-        write!(f, "step {step}, phase {phase}: {reason}; nothing was updated{evidence}")
+        write!(f, "step {step}, phase {phase}: {reason}; nothing of the step is kept{evidence}")
     }
 }
 

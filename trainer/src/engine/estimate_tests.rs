@@ -76,7 +76,7 @@ const MODELS: [&[&str]; 9] = [
 fn parameters_and_buckets_are_those_of_the_estimate() {
     for overrides in MODELS {
         let config = config(overrides);
-        let (model, sizes) = (model(&config), Sizes::new(&config, &dims(&config), 1));
+        let (model, sizes) = (model(&config), Sizes::new(&config, &dims(&config), 1, 1));
         let made: Vec<_> =
             model.named_params().into_iter().map(|(name, spec)| (name, spec.shape, spec.trainable)).collect();
         let declared = sizes.segments.iter().flat_map(|segment| &segment.params);
@@ -97,7 +97,7 @@ fn parameters_and_buckets_are_those_of_the_estimate() {
 fn products_are_those_that_the_model_counts() {
     for overrides in MODELS.iter().filter(|overrides| !overrides.iter().any(|pair| pair.contains("lora"))) {
         let config = config(overrides);
-        let (model, sizes) = (model(&config), Sizes::new(&config, &dims(&config), 1));
+        let (model, sizes) = (model(&config), Sizes::new(&config, &dims(&config), 1, 1));
         let flops: f64 = sizes.costs.iter().map(|cost| cost.forward_flops[0]).sum();
         let counted = 2.0 * config.train.micro_batch as f64 * model.macs_per_sample() as f64;
         // Which has an element of a norm as one.
@@ -160,9 +160,9 @@ impl Collective for Counting {
 /// Makes everything that `rank` has, moves what a step moves, and compares both with the estimate. Gives what a checkpoint copies.
 fn compare(config: &RunConfig, rank: usize, world_size: usize) -> usize {
     let (model, train) = (model(config), &config.train);
-    let sizes = Sizes::new(config, &dims(config), world_size);
+    let sizes = Sizes::new(config, &dims(config), world_size, world_size);
     let place = Mesh::under(config.reduction, rank, world_size, train.lanes, train.sharding, train.sharding_ranks);
-    let mesh = place.unwrap();
+    let mesh = place.unwrap().over_nodes(config.collective.node_ranks.unwrap_or(world_size));
     let case = format!("{mesh:?}, {:?}", config.reduction);
     let averages = Average::of_config(&config.ema);
     let buckets = Buckets::zeroed(&*model, &mesh, averages.len(), Device::Cpu).unwrap();
@@ -186,7 +186,7 @@ fn compare(config: &RunConfig, rank: usize, world_size: usize) -> usize {
     let mut gradients = gradients::sum(ranks.clone(), &buckets.0);
     let mut weights = weights::source(ranks, buckets.0.len());
     let [sums, received] = gradients.held_bytes();
-    let summed = if sizes.groups.shares_out_gradients() { sizes.held() } else { sizes.numel() };
+    let summed = if sizes.groups.shares_out_gradients() { sizes.part() } else { sizes.numel() };
     assert_eq!(sums, 4 * summed * sizes.groups.sum_buffers(config.reduction), "{case}");
     assert_eq!(received, sizes.exchange_bytes(config), "{case}");
     for _ in 0..mesh.lanes_per_rank() {
@@ -201,8 +201,8 @@ fn compare(config: &RunConfig, rank: usize, world_size: usize) -> usize {
         }
     }
     gradients.finish(mesh.lanes).unwrap();
-    weights.publish(&buckets.0).unwrap();
-    weights.settle().unwrap();
+    (0..buckets.0.len()).for_each(|index| weights.publish(&buckets.0, index).unwrap());
+    weights.settle(&buckets.0).unwrap();
     let wire = estimate::wire::wire(&sizes, config, 1, world_size, 1);
     let estimated = wire.gradients_bytes_per_rank + wire.weights_bytes_per_rank;
     assert_eq!(sent.load(Ordering::Relaxed) as u64, estimated, "{case}");
@@ -219,11 +219,12 @@ fn state_buffers_traffic_and_snapshots_are_those_of_the_estimate_on_every_number
             let mut all: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
             all.push(format!("train.sharding={sharding}"));
             all.extend(group.map(|ranks| format!("train.sharding_ranks={ranks}")));
+            all.extend((number % 3 > 0).then(|| "collective.node_ranks=2".to_owned()));
             let ways: [&[&str]; 3] = [&[], &["reduction=fast"], &["reduction=fast", "reduction_dtype=bf16"]];
             all.extend(ways[(number + sharding) % 3].iter().map(|text| text.to_string()));
             let config = config(&all.iter().map(String::as_str).collect::<Vec<_>>());
             let copied = (0..world_size).map(|rank| compare(&config, rank, world_size)).max();
-            let sizes = Sizes::new(&config, &dims(&config), world_size);
+            let sizes = Sizes::new(&config, &dims(&config), world_size, world_size);
             let weights = 1 + Average::of_config(&config.ema).len();
             assert_eq!(Some(sizes.groups.snapshot(&sizes.buckets, weights, 2)), copied, "{all:?}, {world_size} ranks");
         }

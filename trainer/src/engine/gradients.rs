@@ -18,6 +18,13 @@ pub trait GradientSum {
     /// What the collective reports.
     fn push(&mut self, bucket: &Bucket, index: usize, grads: Vec<Option<Tensor>>) -> Result<(), CollectiveError>;
 
+    /// The mean of bucket `index` before the others, where every rank holds what it answers for; two further buckets have been pushed in the last lane
+    /// since. [`GradientSum::finish`] gives it again.
+    ///
+    /// # Errors
+    /// What the collective reports.
+    fn mean(&mut self, index: usize, lanes: usize) -> Result<Tensor, CollectiveError>;
+
     /// After all lanes and buckets: the mean gradient over `lanes` lanes, those that are not left out, of the held part of every
     /// bucket. Valid until the next push.
     ///
@@ -40,7 +47,7 @@ pub fn sum(ranks: Arc<Ranks>, buckets: &[Bucket]) -> Box<dyn GradientSum> {
     let reducer = Reducer::new(buckets, ranks);
     let lanes = mesh.lanes_per_rank();
     if mesh.deals_in_turn() && mesh.shards > 1 {
-        let sum = |bucket: &Bucket| lane_sum(bucket.shard.len(), lanes, bucket.held.device());
+        let sum = |bucket: &Bucket| lane_sum(bucket.layout.shard(mesh.part()).len(), lanes, bucket.held.device());
         Box::new(LaneByLane { sums: buckets.iter().map(sum).collect(), reducer, on_the_wire: None })
     } else {
         let sum = |bucket: &Bucket| lane_sum(bucket.layout.numel, lanes, bucket.held.device());
@@ -63,6 +70,10 @@ impl GradientSum for AllLanes {
         }
     }
 
+    fn mean(&mut self, index: usize, lanes: usize) -> Result<Tensor, CollectiveError> {
+        self.reducer.mean(index, lanes)
+    }
+
     fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError> {
         self.reducer.finish(lanes)
     }
@@ -76,7 +87,7 @@ impl GradientSum for AllLanes {
 /// The gradients of every lane leave the rank as soon as their segment is done; a rank sums its part only. In exchange for
 /// the memory they travel once a lane instead of once a step.
 struct LaneByLane {
-    /// Of the held parts, over what the group computes at a time.
+    /// Of this rank's parts, over what the group computes at a time.
     sums: Vec<LaneSum>,
     reducer: Reducer,
     /// The bucket that travels while the next segment computes.
@@ -102,6 +113,10 @@ impl GradientSum for LaneByLane {
         let exchange = Exchange::start(ranks.group(), ranks.summation, flat, received)?;
         let before = self.on_the_wire.replace((index, exchange));
         self.arrive(before)
+    }
+
+    fn mean(&mut self, index: usize, lanes: usize) -> Result<Tensor, CollectiveError> {
+        self.reducer.mean(index, lanes)
     }
 
     fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError> {

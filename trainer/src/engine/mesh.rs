@@ -23,13 +23,13 @@ pub struct Mesh {
     pub shard: usize,
     /// Its group.
     pub replica: usize,
+    /// What is shared out is so among all ranks; the groups, which are nodes, are the way there.
+    pub over_all: bool,
 }
 
 impl Mesh {
     /// The place of `rank` where sums are made along the canonical tree, as [`Mesh::under`].
-    ///
-    /// # Errors
-    /// As there.
+    #[cfg(test)]
     pub fn of(
         rank: usize,
         world_size: usize,
@@ -59,15 +59,28 @@ impl Mesh {
             _ => (1..=group.unwrap_or(world_size)).rev().find(|ranks| world_size.is_multiple_of(*ranks)).unwrap_or(1),
         };
         let (replica, shard) = (rank / shards, rank % shards);
-        Ok(Self { sharding, lanes, shards, replicas: world_size / shards, shard, replica })
+        Ok(Self { sharding, lanes, shards, replicas: world_size / shards, shard, replica, over_all: false })
+    }
+
+    /// The same place where each `node_ranks` consecutive ranks are those of a node and one group has all ranks: sums and weights then climb
+    /// and descend inside the nodes, and between nodes each rank moves only its part of them. Weights that are shared out themselves
+    /// (`Sharding::Weights`) keep the one group.
+    pub fn over_nodes(self, node_ranks: usize) -> Self {
+        let (world_size, rank) = (self.shards, self.shard);
+        let are_nodes = (2..world_size).contains(&node_ranks) && world_size.is_multiple_of(node_ranks);
+        if self.replicas > 1 || !are_nodes || self.sharding == Sharding::Weights {
+            return self;
+        }
+        let (shards, replicas) = (node_ranks, world_size / node_ranks);
+        Self { shards, replicas, shard: rank % shards, replica: rank / shards, over_all: true, ..self }
     }
 
     /// The place of a lone rank.
     ///
     /// # Errors
-    /// As [`LaneBlock::of`].
+    /// As [`LaneBlock::under`].
     pub fn alone(lanes: usize) -> Result<Self, LaneError> {
-        Self::of(0, 1, lanes, Sharding::default(), None)
+        Self::under(Reduction::Invariant, 0, 1, lanes, Sharding::default(), None)
     }
 
     /// Lanes that a rank runs in a step.
@@ -104,16 +117,21 @@ impl Mesh {
         (replica * self.shards + shard, index)
     }
 
-    /// The finest shards whose state this rank holds.
-    pub fn held(&self) -> LaneBlock {
+    /// The finest shards that come to this rank in its group, and to no other rank of it.
+    pub fn part(&self) -> LaneBlock {
         let len = self.lanes / self.shards;
         LaneBlock { first: self.shard * len, len }
     }
 
-    /// Those of [`Mesh::held`] that this rank answers for; no other does.
+    /// Those of [`Mesh::part`] that this rank answers for; no other does.
     pub fn own(&self) -> LaneBlock {
         let len = self.lanes_per_rank();
-        LaneBlock { first: self.held().first + self.replica * len, len }
+        LaneBlock { first: self.part().first + self.replica * len, len }
+    }
+
+    /// Those whose state this rank holds: [`Mesh::part`], or [`Mesh::own`] where state is shared out among all ranks.
+    pub fn held(&self) -> LaneBlock {
+        if self.over_all { self.own() } else { self.part() }
     }
 
     /// The rank that answers for a finest shard, and which of its own that is.
@@ -133,8 +151,9 @@ mod tests {
     fn lanes_and_finest_shards_are_dealt_once_and_a_group_holds_everything() {
         for (lanes, sharding) in [1, 4, 16].into_iter().flat_map(|lanes| Sharding::ALL.map(|level| (lanes, level))) {
             for world_size in allowed_world_sizes(lanes) {
-                for group in [None, Some(1), Some(2), Some(4)] {
-                    let mesh = |rank| Mesh::of(rank, world_size, lanes, sharding, group).unwrap();
+                let places = [None, Some(1), Some(2), Some(4)].into_iter().flat_map(|group| [1, 2, 4].map(|n| (group, n)));
+                for (group, node) in places {
+                    let mesh = |rank| Mesh::of(rank, world_size, lanes, sharding, group).unwrap().over_nodes(node);
                     let (mut run, mut owned) = (vec![0; lanes], vec![0; lanes]);
                     let mut held = vec![0; lanes];
                     for rank in 0..world_size {
@@ -149,8 +168,8 @@ mod tests {
                         mesh(rank).held().range().for_each(|finest| held[finest] += 1);
                         assert!(mesh(rank).own().range().all(|finest| mesh(rank).held().range().contains(&finest)));
                     }
-                    let replicas = mesh(0).replicas;
-                    assert_eq!([run, owned, held], [vec![1; lanes], vec![1; lanes], vec![replicas; lanes]]);
+                    let copies = if mesh(0).over_all { 1 } else { mesh(0).replicas };
+                    assert_eq!([run, owned, held], [vec![1; lanes], vec![1; lanes], vec![copies; lanes]]);
                 }
             }
         }
@@ -163,6 +182,8 @@ mod tests {
             assert_eq!([lanes(0), lanes(1)], [[0, 2, 4, 6], [1, 3, 5, 7]]);
             assert_eq!([lanes(2), lanes(3)], [[8, 10, 12, 14], [9, 11, 13, 15]]);
         }
+        let nodes = |rank| Mesh::of(rank, 4, 16, Sharding::Gradients, None).unwrap().over_nodes(2);
+        assert!(nodes(2).over_all && nodes(2).lanes_of_rank().eq([8, 10, 12, 14]));
         let block = Mesh::of(3, 4, 16, Sharding::Optimizer, Some(2)).unwrap();
         assert_eq!(block.lanes_of_rank().collect::<Vec<_>>(), [12, 13, 14, 15]);
     }

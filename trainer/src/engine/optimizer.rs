@@ -105,47 +105,37 @@ impl Optimizer {
         })
     }
 
-    /// Makes one update: clips, then updates weights, moments and averages of what this rank holds. `grads` has the mean
-    /// gradient of each bucket's held part (scaled in place where it is clipped), `grad_norm` the norm over all buckets of
-    /// all ranks; `step` counts from 1. Every span is updated on its own, so that the arithmetic is the same for every
-    /// world size. The averages run over frozen parameters too, as the official code's does.
+    /// Updates weights, moments and averages of what this rank holds of one bucket, by the mean gradient of that. `step` counts from 1.
+    /// Every span is updated on its own, so that the arithmetic is the same for every world size. The averages run over frozen
+    /// parameters too, as the official code's does.
     ///
     /// # Errors
     /// What libtorch reports.
     ///
     /// # Source
     /// Loshchilov & Hutter 2019, algorithm 2; averages: θ' ← θ' + (1 − β)·(θ − θ').
-    pub fn update(
-        &mut self,
-        buckets: &[Bucket],
-        grads: &[Tensor],
-        step: u64,
-        grad_norm: f64,
-    ) -> Result<(), TorchError> {
+    pub fn update_bucket(&self, bucket: &Bucket, grad: &Tensor, step: u64) -> Result<(), TorchError> {
         let update = self.updates + 1;
-        self.clip(grads, grad_norm);
         let mut spans_by_group: Vec<Vec<AdamWSpan>> = self.groups.groups().iter().map(|_| Vec::new()).collect();
         let mut weights = Vec::new();
         let mut averages: Vec<Vec<Tensor>> = self.averages.iter().map(|_| Vec::new()).collect();
-        for (bucket, grad) in buckets.iter().zip(grads) {
-            let start = bucket.shard.start;
-            let in_shard = |span: &Range<usize>| span.start - start..span.end - start;
-            let group_of = |entry: &Entry| self.groups.of(&entry.name);
-            for (group, span) in bucket.layout.trainable_spans(bucket.shard.clone(), group_of) {
-                spans_by_group[group].push(AdamWSpan {
-                    param: slice(&bucket.held, &in_shard(&span)),
-                    grad: slice(grad, &in_shard(&span)),
-                    exp_avg: slice(&bucket.exp_avg, &in_shard(&span)),
-                    exp_avg_sq: slice(&bucket.exp_avg_sq, &in_shard(&span)),
-                });
-            }
-            let finest = bucket.layout.finest_numel;
-            for first in bucket.shard.clone().step_by(finest) {
-                let span = first..first + finest;
-                weights.push(slice(&bucket.held, &in_shard(&span)));
-                for (slices, average) in averages.iter_mut().zip(&bucket.averages) {
-                    slices.push(slice(average, &in_shard(&span)));
-                }
+        let start = bucket.shard.start;
+        let in_shard = |span: &Range<usize>| span.start - start..span.end - start;
+        let group_of = |entry: &Entry| self.groups.of(&entry.name);
+        for (group, span) in bucket.layout.trainable_spans(bucket.shard.clone(), group_of) {
+            spans_by_group[group].push(AdamWSpan {
+                param: slice(&bucket.held, &in_shard(&span)),
+                grad: slice(grad, &in_shard(&span)),
+                exp_avg: slice(&bucket.exp_avg, &in_shard(&span)),
+                exp_avg_sq: slice(&bucket.exp_avg_sq, &in_shard(&span)),
+            });
+        }
+        let finest = bucket.layout.finest_numel;
+        for first in bucket.shard.clone().step_by(finest) {
+            let span = first..first + finest;
+            weights.push(slice(&bucket.held, &in_shard(&span)));
+            for (slices, average) in averages.iter_mut().zip(&bucket.averages) {
+                slices.push(slice(average, &in_shard(&span)));
             }
         }
         let lr = self.schedule.at(step);
@@ -158,17 +148,22 @@ impl Optimizer {
         for (average, slices) in self.averages.iter().zip(&averages) {
             ffi::foreach_lerp(slices, &weights, 1.0 - average.rule.decay_at(update))?;
         }
-        self.updates = update;
         Ok(())
     }
 
-    /// Elementwise, so that it does not matter where the shards are cut.
-    fn clip(&self, grads: &[Tensor], grad_norm: f64) {
+    /// Scales gradients down in place if their norm, over all buckets of all ranks, is above the limit. Elementwise, so that it does not
+    /// matter where the shards are cut.
+    pub fn clip(&self, grads: &[Tensor], grad_norm: f64) {
         let Some(limit) = self.clip_grad_norm else { return };
         let scale = limit / (grad_norm + CLIP_EPS);
         if scale < 1.0 {
             grads.iter().for_each(|grad| drop(grad.shallow_clone().g_mul_scalar_(scale)));
         }
+    }
+
+    /// Every bucket was updated.
+    pub fn end_update(&mut self) {
+        self.updates += 1;
     }
 }
 
@@ -225,7 +220,10 @@ mod tests {
                     (slice(&whole, &bucket.shard) * step as f64).sin()
                 };
                 let grads: Vec<Tensor> = buckets.0.iter().map(grad).collect();
-                optimizer.update(&buckets.0, &grads, step, 30.0).unwrap();
+                optimizer.clip(&grads, 30.0);
+                let mut parts = buckets.0.iter().zip(&grads);
+                parts.try_for_each(|(bucket, grad)| optimizer.update_bucket(bucket, grad, step)).unwrap();
+                optimizer.end_update();
             }
             assert_eq!(optimizer.updates, 3);
             let of_bucket = |bucket: &Bucket| {

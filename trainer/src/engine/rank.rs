@@ -102,7 +102,11 @@ impl Rank {
     ) -> Result<Self> {
         let grace = limit_stop(&config, &stop, &collective)?;
         preflight::same_programs(&*collective, Some(&config))?;
-        let prepared = agree(&*collective, Prepared::new(&config, &*collective))?;
+        let node_ranks = match config.collective.node_ranks {
+            Some(ranks) => ranks,
+            None => collective.ranks_per_node().context("looking for the ranks of this node")?,
+        };
+        let prepared = agree(&*collective, Prepared::new(&config, &*collective, node_ranks))?;
         let Prepared { recipe, device, sources, mesh, store } = prepared;
         let collective = connect(collective, device)?;
         let mut record = recipe.record(&config);
@@ -200,10 +204,11 @@ impl Rank {
 }
 
 impl Prepared {
-    fn new(config: &RunConfig, collective: &dyn Collective) -> Result<Self> {
+    fn new(config: &RunConfig, collective: &dyn Collective, node_ranks: usize) -> Result<Self> {
         let (train, [rank, world_size]) = (&config.train, [collective.rank(), collective.world_size()]);
         let group = train.sharding_ranks;
         let mesh = Mesh::under(config.reduction, rank, world_size, train.lanes, train.sharding, group)?;
+        let mesh = mesh.over_nodes(node_ranks);
         tch::set_num_threads(config.train.threads_per_rank as i32);
         // libtorch takes this once, and a rank may be set up again after a rollback.
         if tch::get_num_interop_threads() != 1 {

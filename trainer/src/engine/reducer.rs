@@ -71,9 +71,9 @@ pub struct Reducer {
 }
 
 struct Slot {
-    /// What comes in from the group, of a whole bucket, and from peers, of its held part; empty where nobody sends.
+    /// What comes in from the group, of a whole bucket, and from peers, of this rank's part of it; empty where nobody sends.
     received: [Tensor; 2],
-    /// Elements of the held part that this rank answers for.
+    /// Elements of the part that this rank answers for.
     own: std::ops::Range<usize>,
     state: State,
 }
@@ -83,6 +83,8 @@ enum State {
     InGroup(Exchange),
     /// With the group's sum, whose memory takes the result.
     AmongPeers(Exchange, Tensor),
+    /// Finished before the others.
+    Mean(Tensor),
 }
 
 impl Reducer {
@@ -92,8 +94,10 @@ impl Reducer {
         let slot = |bucket: &Bucket| {
             let shards = if mesh.deals_in_turn() { 1 } else { mesh.shards };
             let from_group = room(&ranks, bucket.layout.numel, shards, bucket.held.device());
-            let from_peers = room(&ranks, bucket.shard.len(), mesh.replicas, bucket.held.device());
-            Slot { received: [from_group, from_peers], own: bucket.own_in_shard(), state: State::Idle }
+            let part = bucket.layout.shard(mesh.part());
+            let from_peers = room(&ranks, part.len(), mesh.replicas, bucket.held.device());
+            let own = bucket.own.start - part.start..bucket.own.end - part.start;
+            Slot { received: [from_group, from_peers], own, state: State::Idle }
         };
         Self { slots: buckets.iter().map(slot).collect(), ranks, in_group: None }
     }
@@ -125,7 +129,7 @@ impl Reducer {
         }
     }
 
-    /// Hands over the held part of the group's sum of bucket `index`.
+    /// Hands over this rank's part of the group's sum of bucket `index`.
     ///
     /// # Errors
     /// What the collective reports.
@@ -152,6 +156,34 @@ impl Reducer {
         }
     }
 
+    /// Waits for bucket `index` alone and finishes its tree, where a rank holds what it answers for: what [`Reducer::finish`] gives again.
+    ///
+    /// # Errors
+    /// What the collective reports.
+    pub fn mean(&mut self, index: usize, lanes: usize) -> Result<Tensor, CollectiveError> {
+        self.climb(Some(index))?;
+        let (mean, _) = self.root(index, lanes)?;
+        self.slots[index].state = State::Mean(mean.shallow_clone());
+        Ok(mean)
+    }
+
+    /// Waits for the last exchange of a bucket: the mean of what this rank answers for, and the group's sum.
+    fn root(&mut self, index: usize, lanes: usize) -> Result<(Tensor, Tensor), CollectiveError> {
+        match std::mem::replace(&mut self.slots[index].state, State::Idle) {
+            State::AmongPeers(exchange, sum) => {
+                let mut root = exchange.finish(&self.ranks, index)?;
+                root *= 1.0 / lanes as f64;
+                Ok((root, sum))
+            }
+            State::Mean(mean) => Ok((mean.shallow_clone(), mean)),
+            _ => {
+                let (rank, op) = (self.ranks.all.rank(), "reduce");
+                let reason = "a bucket was never handed to the reducer".to_owned();
+                Err(CollectiveError::Backend { rank, op, reason })
+            }
+        }
+    }
+
     /// Waits for all buckets and finishes the tree: the mean gradient over `lanes` lanes of the held part of every bucket. Valid until
     /// the next step.
     ///
@@ -165,20 +197,13 @@ impl Reducer {
         for index in (0..self.slots.len()).rev() {
             self.climb(Some(index))?;
         }
-        let scale = 1.0 / lanes as f64;
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            let State::AmongPeers(exchange, sum) = std::mem::replace(&mut slot.state, State::Idle) else {
-                let (rank, op) = (self.ranks.all.rank(), "reduce");
-                let reason = "a bucket was never handed to the reducer".to_owned();
-                return Err(CollectiveError::Backend { rank, op, reason });
-            };
-            let mut root = exchange.finish(&self.ranks, index)?;
-            root *= scale;
-            if self.ranks.mesh.replicas == 1 {
+        for index in 0..self.slots.len() {
+            let (root, sum) = self.root(index, lanes)?;
+            if self.ranks.mesh.held() == self.ranks.mesh.own() {
                 means.push(root);
                 continue;
             }
-            slice(&sum, &slot.own).copy_(&root);
+            slice(&sum, &self.slots[index].own).copy_(&root);
             gathers.push(self.ranks.peers().all_gather(None, region(&sum))?);
             means.push(sum);
         }

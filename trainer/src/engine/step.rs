@@ -1,7 +1,7 @@
 //! One optimizer update: batch, objective, segments, reduction, update.
 
 use super::divergence::Counts;
-use super::stepper::{StepError, StepReport, Stepper};
+use super::stepper::{AHEAD_LAG, StepError, StepReport, Stepper, goes_ahead};
 use super::tape::{Backward, Tape};
 use crate::ffi;
 use crate::model::Flow;
@@ -48,14 +48,15 @@ impl Stepper {
     /// rank's `signal`, so that all of them act on it after the same step.
     ///
     /// # Errors
-    /// [`StepError`]; nothing was updated then.
+    /// [`StepError`]; the state is that of no step then.
     pub fn step(&mut self, step: u64, batches: &mut dyn Batches, signal: u32) -> Result<StepReport, StepError> {
         phases::begin_step(step);
         let _step = phase(Phase::Forward, "step", step);
         let mut data_wait = Duration::ZERO;
         let mut losses = Vec::with_capacity(self.experiment.mesh.lanes_per_rank());
         let mut used = Vec::with_capacity(self.experiment.mesh.lanes_per_rank());
-        for lane in self.experiment.mesh.lanes_of_rank() {
+        let ahead = self.updates_ahead(step);
+        for (number, lane) in self.experiment.mesh.lanes_of_rank().enumerate() {
             let asked = Instant::now();
             let batch = {
                 let _waiting = phase(Phase::Data, "wait for data", lane as u64);
@@ -70,7 +71,8 @@ impl Stepper {
             let output = tape.output();
             let loss = self.objective.loss(&output, &noised);
             let output_grad = self.torch(step, "loss", ffi::grad_of_scalar(&loss.total, &output))?;
-            self.backward(step, tape.into_backward(output_grad), self.decisions.counts(step, lane))?;
+            let ahead = ahead && number + 1 == self.experiment.mesh.lanes_per_rank();
+            self.backward(step, tape.into_backward(output_grad), self.decisions.counts(step, lane), ahead)?;
             losses.push(loss);
             used.push(batch);
         }
@@ -93,11 +95,11 @@ impl Stepper {
         if self.decisions.skips(step) {
             return Ok(report);
         }
-        let _updating = phase(Phase::Update, "update", None);
-        let updated = self.optimizer.update(&self.buckets.0, &grads, step, report.grad_norm);
-        self.torch(step, "update", updated)?;
-        let published = self.weights.publish(&self.buckets.0);
-        self.weights_of(step, "update", published)?;
+        self.optimizer.clip(&grads, report.grad_norm);
+        for (index, grad) in grads.iter().enumerate().filter(|(index, _)| !(ahead && goes_ahead(*index))) {
+            self.update(step, index, grad)?;
+        }
+        self.optimizer.end_update();
         Ok(report)
     }
 
@@ -116,20 +118,24 @@ impl Stepper {
         Ok(tape)
     }
 
-    /// Runs the chain backwards; gradients travel while the next segment computes.
-    fn backward(&mut self, step: u64, mut backward: Backward, counts: Counts) -> Result<(), StepError> {
+    /// Runs the chain backwards; gradients travel while the next segment computes, and so do new weights if any are to go `ahead`.
+    fn backward(&mut self, step: u64, mut pass: Backward, counts: Counts, ahead: bool) -> Result<(), StepError> {
         let _backward = phase(Phase::Backward, "backward", None);
         for index in (0..self.buckets.0.len()).rev() {
             let whole = self.weights.acquire(&self.buckets.0, index);
             self.weights_of(step, "backward", whole)?;
             let _segment = span(Compute, "backward of segment", index as u64);
             let bucket = &self.buckets.0[index];
-            let grads = backward.segment(&*self.model.segments()[index], &bucket.weights, &bucket.trainable);
+            let grads = pass.segment(&*self.model.segments()[index], &bucket.weights, &bucket.trainable);
             let grads = counts.weigh(self.torch(step, "backward", grads)?);
             let released = self.weights.release(&self.buckets.0, index);
             self.weights_of(step, "backward", released)?;
             let pushed = self.gradients.push(&self.buckets.0[index], index, grads);
             self.wire(step, "reduce", pushed)?;
+            let before = index + AHEAD_LAG;
+            if ahead && goes_ahead(before) && before < self.buckets.0.len() {
+                self.update_ahead(step, before)?;
+            }
         }
         Ok(())
     }

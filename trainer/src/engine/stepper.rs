@@ -16,6 +16,8 @@ use crate::model::{Model, WeightSet};
 use collective::{Collective, CollectiveError};
 use configs::OnDivergence;
 use configs::lanes::LaneError;
+use configs::phases::Phase;
+use configs::spans::phase;
 use configs::validation::MODEL_SECTION;
 use data_loader::draws::{Key, Purpose};
 use data_loader::{BrokenGroup, DataError, MicroBatch};
@@ -24,6 +26,16 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
+
+/// Whether bucket `index` is one of those whose update need not wait for the end of the backward pass: every third. A step sends as much
+/// for gradients, behind the backward pass, as for weights, behind the next forward pass, which takes half as long. With a third of
+/// the weights behind the backward pass the wire has in each as much to do as it takes, all along the chain.
+pub(super) fn goes_ahead(index: usize) -> bool {
+    index % 3 == 2
+}
+
+/// Such an update comes so many segments after the bucket's own: its sum has had time to arrive.
+pub(super) const AHEAD_LAG: usize = 2;
 
 /// What defines the experiment for one rank.
 #[derive(Clone, Copy, Debug)]
@@ -113,7 +125,7 @@ pub struct StepReport {
     pub diverged: Option<Box<Diverged>>,
 }
 
-/// Why a step was not made. Except in phase `update`, weights, moments and EMA are those of the step before.
+/// Why a step was not made. A part of weights, moments and EMA may be updated by then: this rank's state is that of no step.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum StepError {
@@ -128,7 +140,7 @@ pub enum StepError {
          the run resumes from its last checkpoint"
     )]
     Diverged(Box<Diverged>),
-    #[error("step {step}, phase data: {source}; nothing was updated, and the run resumes from its last checkpoint")]
+    #[error("step {step}, phase data: {source}; nothing of the step is kept, and the run resumes from its last checkpoint")]
     TooMuchDamage { step: u64, source: Box<DataError> },
 }
 
@@ -244,6 +256,32 @@ impl Stepper {
         Ok(report)
     }
 
+    /// Whether buckets [`goes_ahead`] are updated, and their weights travel, while the backward pass of the last lane still computes. Not
+    /// where an update may have to wait for all gradients (for their norm, or to be left out), nor where ranks do not each
+    /// update a part of weights that all of them keep.
+    pub(super) fn updates_ahead(&self, step: u64) -> bool {
+        let mesh = self.experiment.mesh;
+        let shares = mesh.shards > 1 && mesh.held() == mesh.own() && !mesh.shares_out_weights();
+        let waits = self.optimizer.clip_grad_norm.is_some() || self.guard.may_skip() || self.decisions.skips(step);
+        shares && !waits
+    }
+
+    /// Updates bucket `index` before the end of the backward pass.
+    pub(super) fn update_ahead(&mut self, step: u64, index: usize) -> Result<(), StepError> {
+        let mean = self.gradients.mean(index, self.lanes_left(step));
+        let mean = self.wire(step, "reduce", mean)?;
+        self.update(step, index, &mean)
+    }
+
+    /// Updates bucket `index` and sends its weights on their way.
+    pub(super) fn update(&mut self, step: u64, index: usize, grad: &Tensor) -> Result<(), StepError> {
+        let _updating = phase(Phase::Update, "update", index as u64);
+        let updated = self.optimizer.update_bucket(&self.buckets.0[index], grad, step);
+        self.torch(step, "update", updated)?;
+        let published = self.weights.publish(&self.buckets.0, index);
+        self.weights_of(step, "update", published)
+    }
+
     /// Lanes that count in the mean of `step`.
     pub(super) fn lanes_left(&self, step: u64) -> usize {
         (0..self.experiment.mesh.lanes).filter(|lane| self.decisions.counts(step, *lane).0).count()
@@ -278,7 +316,7 @@ impl Stepper {
     /// # Errors
     /// What the collective or libtorch reports.
     pub fn publish_weights(&mut self) -> Result<(), WeightsError> {
-        self.weights.publish(&self.buckets.0)
+        (0..self.buckets.0.len()).try_for_each(|index| self.weights.publish(&self.buckets.0, index))
     }
 
     /// Waits until nothing is on its way to this rank any more.
@@ -286,7 +324,7 @@ impl Stepper {
     /// # Errors
     /// See [`collective::Pending::wait`].
     pub fn settle_weights(&mut self) -> Result<(), CollectiveError> {
-        self.weights.settle()
+        self.weights.settle(&self.buckets.0)
     }
 
     /// The whole main EMA on every rank, as [`Stepper::gather_average`].
@@ -309,11 +347,14 @@ impl Stepper {
     /// The whole of what this rank holds a part of, as a copy.
     fn gathered(&self, bucket: &Bucket, held: &Tensor) -> Result<Tensor, CollectiveError> {
         let whole = Tensor::zeros([bucket.layout.numel as i64], (Kind::Float, self.experiment.device));
-        if self.experiment.mesh.shards > 1 {
-            let gather = self.ranks.group().all_gather(Some(region(held)), region(&whole))?;
-            gather.wait(self.collective.deadline())?;
-        } else {
-            whole.shallow_clone().copy_(held);
+        slice(&whole, &bucket.shard).copy_(held);
+        let (mesh, deadline) = (self.experiment.mesh, self.collective.deadline());
+        if mesh.over_all {
+            let part = slice(&whole, &bucket.layout.shard(mesh.part()));
+            self.ranks.peers().all_gather(None, region(&part))?.wait(deadline)?;
+        }
+        if mesh.shards > 1 {
+            self.ranks.group().all_gather(None, region(&whole))?.wait(deadline)?;
         }
         Ok(whole)
     }

@@ -1,6 +1,6 @@
 //! Where a segment's weights come from when it computes, and what happens to them after an update.
 
-use super::bucket::Bucket;
+use super::bucket::{Bucket, slice};
 use super::ranks::Ranks;
 use crate::ffi::{TorchError, region};
 use collective::{CollectiveError, Pending};
@@ -21,17 +21,17 @@ pub trait WeightSource {
     /// What libtorch reports.
     fn release(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError>;
 
-    /// Every rank has updated its part.
+    /// Every rank has updated its part of bucket `index`, which no segment uses any more in this step.
     ///
     /// # Errors
     /// As [`WeightSource::acquire`].
-    fn publish(&mut self, buckets: &[Bucket]) -> Result<(), WeightsError>;
+    fn publish(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError>;
 
     /// Waits for everything that [`WeightSource::publish`] has started.
     ///
     /// # Errors
     /// What the collective reports.
-    fn settle(&mut self) -> Result<(), CollectiveError>;
+    fn settle(&mut self, buckets: &[Bucket]) -> Result<(), CollectiveError>;
 }
 
 /// Weights that cannot be had.
@@ -49,7 +49,7 @@ pub enum WeightsError {
 pub fn source(ranks: Arc<Ranks>, buckets: usize) -> Box<dyn WeightSource> {
     match ranks.mesh.shares_out_weights() {
         true => Box::new(OnDemand { ranks, buckets: (0..buckets).map(|_| Presence::Absent).collect(), uses: 0 }),
-        false => Box::new(Resident { ranks, gathers: (0..buckets).map(|_| None).collect() }),
+        false => Box::new(Resident { ranks, gathers: (0..buckets).map(|_| Gather::Done).collect() }),
     }
 }
 
@@ -57,30 +57,66 @@ pub fn source(ranks: Arc<Ranks>, buckets: usize) -> Box<dyn WeightSource> {
 /// each bucket only when it needs it.
 struct Resident {
     ranks: Arc<Ranks>,
-    gathers: Vec<Option<Pending>>,
+    gathers: Vec<Gather>,
+}
+
+/// How far the weights of a bucket have come.
+enum Gather {
+    /// This rank's part of them comes from its peers on other nodes.
+    AmongPeers(Pending),
+    /// All of them come, from the ranks of the group.
+    InGroup(Pending),
+    Done,
+}
+
+impl Resident {
+    /// Sends what has come from other nodes round in this one.
+    fn descend(&mut self, buckets: &[Bucket], index: usize) -> Result<(), CollectiveError> {
+        match std::mem::replace(&mut self.gathers[index], Gather::Done) {
+            Gather::AmongPeers(pending) => {
+                self.ranks.finish(Some(pending), "gather between nodes", index)?;
+                let gather = self.ranks.group().all_gather(None, region(&buckets[index].params))?;
+                self.gathers[index] = Gather::InGroup(gather);
+            }
+            other => self.gathers[index] = other,
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, buckets: &[Bucket], index: usize) -> Result<(), CollectiveError> {
+        self.descend(buckets, index)?;
+        if index + 1 < buckets.len() {
+            self.descend(buckets, index + 1)?;
+        }
+        match std::mem::replace(&mut self.gathers[index], Gather::Done) {
+            Gather::InGroup(pending) => self.ranks.finish(Some(pending), "gather", index),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl WeightSource for Resident {
-    fn acquire(&mut self, _: &[Bucket], index: usize) -> Result<(), WeightsError> {
-        Ok(self.ranks.finish(self.gathers[index].take(), "gather", index)?)
+    fn acquire(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {
+        Ok(self.finish(buckets, index)?)
     }
 
     fn release(&mut self, _: &[Bucket], _: usize) -> Result<(), WeightsError> {
         Ok(())
     }
 
-    fn publish(&mut self, buckets: &[Bucket]) -> Result<(), WeightsError> {
-        if self.ranks.mesh.shards > 1 {
-            for (bucket, gather) in buckets.iter().zip(&mut self.gathers) {
-                *gather = Some(self.ranks.group().all_gather(None, region(&bucket.params))?);
-            }
+    fn publish(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {
+        let (mesh, bucket) = (self.ranks.mesh, &buckets[index]);
+        if mesh.over_all {
+            let part = slice(&bucket.params, &bucket.layout.shard(mesh.part()));
+            self.gathers[index] = Gather::AmongPeers(self.ranks.peers().all_gather(None, region(&part))?);
+        } else if mesh.shards > 1 {
+            self.gathers[index] = Gather::InGroup(self.ranks.group().all_gather(None, region(&bucket.params))?);
         }
         Ok(())
     }
 
-    fn settle(&mut self) -> Result<(), CollectiveError> {
-        let mut gathers = self.gathers.iter_mut().enumerate();
-        gathers.try_for_each(|(index, gather)| self.ranks.finish(gather.take(), "gather", index))
+    fn settle(&mut self, buckets: &[Bucket]) -> Result<(), CollectiveError> {
+        (0..buckets.len()).try_for_each(|index| self.finish(buckets, index))
     }
 }
 
@@ -141,13 +177,13 @@ impl WeightSource for OnDemand {
         if self.segment_of(self.uses) == index { Ok(()) } else { self.let_go(buckets, index) }
     }
 
-    fn publish(&mut self, buckets: &[Bucket]) -> Result<(), WeightsError> {
+    fn publish(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {
         self.uses = 0;
         // What is here was gathered before the update.
-        (0..buckets.len()).try_for_each(|index| self.let_go(buckets, index))
+        self.let_go(buckets, index)
     }
 
-    fn settle(&mut self) -> Result<(), CollectiveError> {
+    fn settle(&mut self, _: &[Bucket]) -> Result<(), CollectiveError> {
         Ok(())
     }
 }
