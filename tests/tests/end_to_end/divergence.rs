@@ -1,9 +1,11 @@
 //! Steps that diverge: the run stops, passes them over, or rolls back and leaves lanes out; the same bits on any ranks, killed
 //! or not.
 
-use crate::experiment::{Experiment, STEPS, run, run_ok, write_dataset};
+use crate::experiment::{Experiment, STEPS, binary, run, run_ok, write_dataset};
 use serde_json::{Value, json};
 use std::fs;
+use std::process::Command;
+use tch::Tensor;
 
 /// A row with other numbers than the rest.
 const ROW: usize = 60;
@@ -203,4 +205,51 @@ fn fast_sums_pass_over_what_diverges_too() {
         experiment.train(1, &format!("{policy}-invariant"), &[&OFTEN[..], &[policy]].concat());
         assert_eq!(ends[0].1, end(&experiment, &format!("{policy}-invariant")).1);
     }
+}
+
+/// Weights of which every loss is finite, while gradients of the embedders are not: nothing of the conditioning comes through, but what
+/// goes back to it is multiplied by numbers that are far too large.
+fn exploding_backwards(experiment: &Experiment) -> String {
+    experiment.train(1, "base", &[]);
+    let file = experiment.path("exploding.safetensors");
+    let mut export = Command::new(binary("trainer"));
+    export.args(["export", "--weights", "model", "--format", "safetensors", "--checkpoint"]);
+    run_ok(export.arg(experiment.path("base")).arg("--out").arg(&file));
+    let spoilt = |(name, weight): (String, Tensor)| {
+        let weight = match name.as_str() {
+            "t_embedder.mlp.2.weight" | "t_embedder.mlp.2.bias" | "y_embedder.embedding_table.weight" => {
+                weight.zeros_like()
+            }
+            "final_layer.linear.weight" => weight.full_like(1e12),
+            "final_layer.adaLN_modulation.1.weight" => weight.full_like(1e30),
+            _ => weight,
+        };
+        (name, weight)
+    };
+    let weights: Vec<_> = Tensor::read_safetensors(&file).unwrap().into_iter().map(spoilt).collect();
+    Tensor::write_safetensors(&weights, &file).unwrap();
+    format!("init.from={:?}", file.to_str().unwrap())
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_where_every_loss_is_is_named_by_its_segment_on_any_ranks() {
+    let experiment = Experiment::new();
+    let from = exploding_backwards(&experiment);
+    let mut reasons = Vec::new();
+    let back: &[&str] = &[ROLLBACK, "divergence.budget=1"];
+    for (ranks, policy) in [(1, &[][..]), (2, &[]), (4, back)] {
+        let folder = format!("{ranks}");
+        let overrides = [&[&*from, "log.tensorboard=false"], policy].concat();
+        let ran = run(&mut experiment.launcher(ranks, &folder, &overrides));
+        assert_eq!(ran.code, Some(1), "{}", ran.text());
+        let says = "phase backward: the gradient in the segment of `x_embedder.proj.weight` is not finite";
+        assert!(ran.stderr.contains(says), "`{says}` is not said: {}", ran.text());
+        assert!(experiment.committed(&folder).is_empty());
+        let told = diverged(&experiment, &folder);
+        // What is rolled back is begun again without step 1, and comes to the same with step 2.
+        assert_eq!(told.len(), if policy == back { 2 } else { 1 }, "{told:?}");
+        assert_eq!((&told[0]["step"], &told[0]["lanes"]), (&json!(1), &json!([])), "{told:?}");
+        reasons.push(told[0]["reason"].clone());
+    }
+    assert!(reasons.iter().all(|reason| *reason == reasons[0]), "{reasons:?}");
 }

@@ -17,6 +17,7 @@ mod interop;
 mod mixing;
 mod nodes;
 mod objectives;
+mod phases;
 mod preflight;
 mod reduction;
 mod same_bits;

@@ -3,10 +3,13 @@
 mod kills;
 
 use crate::experiment::{Experiment, Ran, finish, run_ok, start, wait_until};
-use crate::stopping::has_checkpoint;
+use crate::phases;
+use crate::stopping::{has_checkpoint, kill};
+use crate::watching::{is_in, process_of, status};
 use std::fs::File;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 const LONG: [&str; 3] = ["train.steps=1500", "checkpoint.every_steps=50", "log.every_steps=100"];
 
@@ -87,7 +90,7 @@ fn a_cut_of_five_seconds_changes_nothing() {
     let reference = reference(&experiment);
     disturbed(&cluster, &experiment, &["--nodes", "4", "--restarts", "3"], || {
         nodes(&["cut", "dn2"]);
-        std::thread::sleep(std::time::Duration::from_secs(5));
+        std::thread::sleep(Duration::from_secs(5));
         nodes(&["heal", "dn2"]);
     });
     assert!(world_sizes(&experiment, "run").iter().all(|&ranks| ranks == 4));
@@ -119,11 +122,62 @@ fn a_stop_reaches_the_ranks_of_all_nodes() {
     let child = start(&mut cluster.launcher(&experiment, "run", &["--nodes", "4"]));
     wait_until("a checkpoint", || has_checkpoint(&experiment, "run"));
     // `nodes run` becomes the launcher itself.
-    crate::stopping::kill("-TERM", child.id() as i32);
+    kill("-TERM", child.id() as i32);
     let ran = finish(child);
     assert_eq!(ran.code, Some(75), "{}", ran.text());
     assert!(cluster.are_quiet());
     run_ok(&mut experiment.launcher(2, "run", &LONG));
     assert_eq!(world_sizes(&experiment, "run"), [4, 2]);
     assert_eq!(experiment.digest("run"), reference);
+}
+
+/// Two ranks on two nodes; the cable of rank 1's is pulled in `phase`. Gives where it was, by the launcher's word.
+fn cut_in(cluster: &Nodes, experiment: &Experiment, phase: &str, run: &str, overrides: &[&str]) -> String {
+    let status_file = experiment.path(run).with_extension("status");
+    let options = ["--nodes", "2", "--status-file", status_file.to_str().unwrap()];
+    let child = start(&mut cluster.launcher_with(experiment, run, overrides, &options));
+    let folder = experiment.path(run);
+    let rank = |rank: usize| process_of(folder.to_str().unwrap(), rank);
+    if phase == "reduce" {
+        wait_until("the first steps", || {
+            status(experiment, run)["ranks"][1]["step"].as_u64().is_some_and(|step| step > 0)
+        });
+        kill("-STOP", rank(0));
+    }
+    wait_until("the phase", || is_in(experiment, run, 1, phase));
+    nodes(&["cut", "dn1"]);
+    let cut = Instant::now();
+    if phase == "reduce" {
+        kill("-CONT", rank(0));
+    }
+    let ran = finish(child);
+    let took = cut.elapsed();
+    assert_eq!(ran.code, Some(1), "{}", ran.text());
+    assert!(took < Duration::from_secs(30), "ended after {took:?}: {}", ran.text());
+    wait_until("the end of all processes on all nodes", || cluster.are_quiet());
+    nodes(&["heal", "dn1"]);
+    assert!(ran.stderr.contains("node dn1 is lost"), "{}", ran.text());
+    let place = ran.stderr.split_once("rank 1 was on dn1 at step ").unwrap_or_else(|| panic!("{}", ran.text())).1;
+    println!("{phase}: {:.1} s after the cut: {}", took.as_secs_f64(), place.lines().next().unwrap());
+    place.split_once(" in phase ").unwrap().1.to_owned()
+}
+
+#[test]
+#[ignore = "needs root and four network namespaces: ./dev test --nodes"]
+fn a_link_that_is_cut_in_any_phase_ends_the_run_and_the_rank_behind_it_is_named_with_its_phase() {
+    let cluster = Nodes::up();
+    let endless = ["train.steps=1000000"];
+    let cases: [(&str, Experiment, &[&str]); 5] = [
+        ("forward", phases::heavy(), &phases::HEAVY),
+        ("backward", phases::heavy(), &phases::HEAVY),
+        ("reduce", Experiment::new(), &endless),
+        ("update", Experiment::new(), &phases::AVERAGED),
+        ("checkpoint", Experiment::new(), &phases::LARGE),
+    ];
+    for (phase, experiment, overrides) in &cases {
+        let caught = |attempt| {
+            cut_in(&cluster, experiment, phase, &format!("{phase}-{attempt}"), overrides).starts_with(phase)
+        };
+        assert!((0..phases::TRIES).any(caught), "never caught in phase {phase}");
+    }
 }

@@ -1,65 +1,33 @@
-//! What the launcher knows of its ranks while they run: who is where, and in which phase one was that is killed, hangs or waits.
+//! What the launcher knows of its ranks while they run: who is where, and for whom others wait.
 
-use crate::experiment::{Experiment, Ran, binary, finish, run_ok, start, wait_until, write_latents};
+use crate::experiment::{Experiment, Ran, binary, finish, run_ok, start, wait_until};
 use crate::stopping::{kill, ranks_of};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use stores::testing::MiniS3;
-
-/// A forward pass of a lane takes seconds, a backward pass twice as long.
-const HEAVY: [&str; 6] = [
-    "model.hidden_size=256",
-    "model.depth=12",
-    "model.num_heads=4",
-    "train.micro_batch=24",
-    "train.steps=1000",
-    "cluster.silence_s=60",
-];
-/// Much to save and next to nothing to compute.
-const LARGE: [&str; 6] = [
-    "model.hidden_size=512",
-    "model.depth=4",
-    "train.steps=1000",
-    "checkpoint.every_steps=1",
-    "checkpoint.keep_last=2",
-    "cluster.silence_s=60",
-];
-/// Another moment may have come when the signal does.
-const TRIES: usize = 5;
-
-/// Latents large enough for [`HEAVY`].
-fn heavy() -> Experiment {
-    let experiment = Experiment::new();
-    std::fs::remove_dir_all(experiment.path("data")).unwrap();
-    write_latents(&experiment.path("data"), 3, 32, |_, _| {});
-    experiment
-}
 
 /// Two ranks that tell where they are in `status.jsonl` beside the run.
-fn watched(experiment: &Experiment, run: &str, overrides: &[&str]) -> Command {
+pub fn watched(experiment: &Experiment, run: &str, overrides: &[&str]) -> Command {
     let mut command = experiment.launcher(2, run, overrides);
     command.arg("--status-file").arg(experiment.path(run).with_extension("status"));
     command
 }
 
 /// The newest line about the ranks.
-fn status(experiment: &Experiment, run: &str) -> Value {
+pub fn status(experiment: &Experiment, run: &str) -> Value {
     let text = std::fs::read_to_string(experiment.path(run).with_extension("status")).unwrap_or_default();
     // The last line may be half written.
     text.lines().rev().find_map(|line| serde_json::from_str(line).ok()).unwrap_or_default()
 }
 
-fn is_in(experiment: &Experiment, run: &str, rank: usize, phase: &str) -> bool {
+pub fn is_in(experiment: &Experiment, run: &str, rank: usize, phase: &str) -> bool {
     status(experiment, run)["ranks"][rank]["phase"] == phase
 }
 
 /// The process of a rank.
-fn process_of(folder: &str, rank: usize) -> i32 {
+pub fn process_of(folder: &str, rank: usize) -> i32 {
     let variable = format!("OMPI_COMM_WORLD_RANK={rank}");
     let is_it = |pid: &i32| {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -68,118 +36,8 @@ fn process_of(folder: &str, rank: usize) -> i32 {
     ranks_of(folder).into_iter().find(is_it).unwrap_or_else(|| panic!("no rank {rank} of {folder}"))
 }
 
-fn no_process_is_left(folder: &str) {
+pub fn no_process_is_left(folder: &str) {
     wait_until("the end of every rank", || ranks_of(folder).is_empty());
-}
-
-/// Kills rank 1 in `phase`, and sees that it is named with that phase.
-fn killed_in(experiment: &Experiment, phase: &str, overrides: &[&str]) {
-    let mut said = String::new();
-    for attempt in 0..TRIES {
-        let run = format!("{phase}-{attempt}");
-        let folder = experiment.path(&run);
-        let folder = folder.to_str().unwrap();
-        let child = start(&mut watched(experiment, &run, overrides));
-        wait_until("the phase", || is_in(experiment, &run, 1, phase));
-        kill("-KILL", process_of(folder, 1));
-        let ran = finish(child);
-        assert_eq!(ran.code, Some(1), "{}", ran.text());
-        no_process_is_left(folder);
-        let last = status(experiment, &run);
-        let (step, place) = (&last["ranks"][1]["step"], last["end"]["text"].as_str().unwrap().to_owned());
-        let host = last["ranks"][1]["host"].as_str().unwrap();
-        let named = format!("rank 1 failed (killed by signal 9 (SIGKILL)); it was on {host} at step {step} in phase ");
-        assert!(place.contains(&named) && ran.stderr.contains(&named), "{named}\n{}", ran.text());
-        if place.contains(&format!("{named}{phase}")) {
-            return;
-        }
-        said = place;
-    }
-    panic!("never caught in phase {phase}: {said}");
-}
-
-#[test]
-fn a_rank_that_is_killed_in_forward_is_named_with_its_phase() {
-    killed_in(&heavy(), "forward", &HEAVY);
-}
-
-#[test]
-fn a_rank_that_is_killed_in_backward_is_named_with_its_phase() {
-    killed_in(&heavy(), "backward", &HEAVY);
-}
-
-#[test]
-fn a_rank_that_is_killed_while_it_saves_is_named_with_its_phase() {
-    killed_in(&Experiment::new(), "checkpoint", &LARGE);
-}
-
-/// A server of objects behind a gate: once it is shut, nothing is answered any more.
-struct Gate {
-    address: SocketAddr,
-    is_shut: Arc<AtomicBool>,
-}
-
-impl Gate {
-    fn before(server: SocketAddr) -> Gate {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let gate = Gate { address: listener.local_addr().unwrap(), is_shut: Arc::default() };
-        let is_shut = gate.is_shut.clone();
-        std::thread::spawn(move || {
-            let mut kept = Vec::new();
-            for client in listener.incoming().map_while(Result::ok) {
-                if is_shut.load(SeqCst) {
-                    kept.push(client);
-                    continue;
-                }
-                let server = TcpStream::connect(server).unwrap();
-                for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
-                {
-                    std::thread::spawn(move || {
-                        let _ = std::io::copy(&mut from, &mut to);
-                        let _ = to.shutdown(std::net::Shutdown::Write);
-                    });
-                }
-            }
-        });
-        gate
-    }
-}
-
-#[test]
-fn a_rank_that_is_killed_while_it_waits_for_data_is_named_with_its_phase() {
-    let experiment = Experiment::new();
-    let server = MiniS3::new();
-    for file in std::fs::read_dir(experiment.path("data")).unwrap().map(|entry| entry.unwrap().path()) {
-        let name = file.file_name().unwrap().to_str().unwrap();
-        server.put(&format!("data/{name}"), std::fs::read(&file).unwrap());
-    }
-    let gate = Gate::before(server.address());
-    let overrides =
-        ["data.url=s3://bucket/data", "data.prefetch_bytes=1000", "train.steps=100000", "cluster.silence_s=60"];
-    let mut command = watched(&experiment, "data-0", &overrides);
-    command.env("AWS_ENDPOINT_URL", format!("http://{}", gate.address));
-    for (name, value) in [("AWS_ALLOW_HTTP", "true"), ("AWS_SKIP_SIGNATURE", "true"), ("AWS_REGION", "us-east-1")] {
-        command.env(name, value);
-    }
-    let child = start(&mut command);
-    wait_until("a step", || experiment.log("data-0").iter().any(|event| event["event"] == "step"));
-    gate.is_shut.store(true, SeqCst);
-    // Whichever runs out of rows first; the other waits for it.
-    let stuck = || {
-        (0..2).find(|rank| {
-            let rank = &status(&experiment, "data-0")["ranks"][rank];
-            rank["phase"] == "data" && rank["phase_s"].as_f64().unwrap() > 1.0
-        })
-    };
-    wait_until("a rank without data", || stuck().is_some());
-    let folder = experiment.path("data-0");
-    let rank = stuck().unwrap();
-    kill("-KILL", process_of(folder.to_str().unwrap(), rank));
-    let ran = finish(child);
-    assert_eq!(ran.code, Some(1), "{}", ran.text());
-    let named = format!("rank {rank} failed (killed by signal 9 (SIGKILL)); it was on ");
-    assert!(ran.stderr.contains(&named) && ran.stderr.contains(" in phase data for "), "{}", ran.text());
-    no_process_is_left(folder.to_str().unwrap());
 }
 
 /// Stops rank 1 once all ranks make steps, waits until rank 0 waits for it in vain, and does something then.
@@ -196,25 +54,6 @@ fn stopped(experiment: &Experiment, overrides: &[&str], then: impl FnOnce(&str))
     assert_eq!(ran.code, Some(1), "{}", ran.text());
     no_process_is_left(folder);
     ran
-}
-
-#[test]
-fn a_rank_that_hangs_is_given_up_and_named() {
-    let experiment = Experiment::new();
-    let ran = stopped(&experiment, &["train.steps=1000000", "cluster.silence_s=3"], |_| {});
-    assert!(ran.stderr.contains("rank 1 gave no sign of life for 3 s"), "{}", ran.text());
-    assert!(ran.stderr.contains(" in phase ") && ran.stderr.contains("last heard 3 s ago"), "{}", ran.text());
-}
-
-#[test]
-fn a_rank_that_is_killed_while_it_waits_for_another_is_named_with_its_phase() {
-    let experiment = Experiment::new();
-    let ran = stopped(&experiment, &["train.steps=1000000", "cluster.silence_s=60"], |folder| {
-        wait_until("rank 0 to wait", || is_in(&experiment, "stopped", 0, "reduce"));
-        kill("-KILL", process_of(folder, 0));
-    });
-    assert!(ran.stderr.contains("rank 0 failed (killed by signal 9 (SIGKILL))"), "{}", ran.text());
-    assert!(ran.stderr.contains(" in phase reduce"), "{}", ran.text());
 }
 
 #[test]
