@@ -9,10 +9,14 @@ use crate::{
 use futures::{StreamExt, TryStreamExt};
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt, path::Path, sync::Arc};
 
-/// Chunks read and hashed at a time.
+/// Chunks of a remote object in flight.
 const IN_FLIGHT: usize = 8;
+/// Chunks of a file that one thread reads one after the other: the kernel reads ahead of it, and the runtime is seldom asked.
+const RUN: usize = 4;
+/// Threads that read files, at most. A few more than there are cores, so that some hash while others wait for the disk.
+const READERS: usize = 8;
 /// Bytes read before they are hashed: they stay in a core's own cache.
-const BLOCK_BYTES: usize = 512 << 10;
+const BLOCK_BYTES: usize = 256 << 10;
 
 /// Memory that a read fills. It is owned, so that a read that never ends (a network disk that is gone) can be left behind.
 pub trait Target: Sized + Send + 'static {
@@ -41,43 +45,56 @@ pub(crate) struct Job<T> {
     pub wanted: Vec<(Range<usize>, T)>,
 }
 
-/// Does all jobs, several at a time. What the targets hold after an error is unspecified.
-pub(crate) async fn load<T: Target>(
-    backend: &Arc<Backend>,
-    jobs: impl IntoIterator<Item = Job<T>>,
-) -> Result<(), CheckpointError> {
-    let tasks = jobs.into_iter().map(|job| {
-        let task = tokio::spawn(job.done(Arc::clone(backend)));
+/// Does all jobs, which come in the order of the bytes, several at a time. What the targets hold after an error is unspecified.
+pub(crate) async fn load<T: Target>(backend: &Arc<Backend>, jobs: Vec<Job<T>>) -> Result<(), CheckpointError> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (longest, in_flight) = match backend.folder {
+        Some(_) => (RUN, READERS.min(cores + 2)),
+        None => (1, IN_FLIGHT),
+    };
+    let mut runs: Vec<Vec<Job<T>>> = Vec::new();
+    for job in jobs {
+        match runs.last_mut() {
+            Some(run) if run.len() < longest && run[0].chunk.key == job.chunk.key => run.push(job),
+            _ => runs.push(vec![job]),
+        }
+    }
+    let tasks = runs.into_iter().map(|run| {
+        let task = tokio::spawn(done(Arc::clone(backend), run));
         async move { task.await.unwrap_or_else(|e| Err(CheckpointError::Runtime { reason: e.to_string() })) }
     });
-    futures::stream::iter(tasks).buffer_unordered(IN_FLIGHT).try_collect().await
+    futures::stream::iter(tasks).buffer_unordered(in_flight).try_collect().await
+}
+
+/// Does jobs of one object.
+async fn done<T: Target>(backend: Arc<Backend>, mut run: Vec<Job<T>>) -> Result<(), CheckpointError> {
+    if let (Some(folder), Some(first)) = (&backend.folder, run.first()) {
+        let key = first.chunk.key.clone();
+        let deadline = backend.deadline(run.iter().map(|job| job.chunk.bytes() as u64).sum());
+        let path = folder.join(&key);
+        let read = tokio::task::spawn_blocking(move || read_in_place(&path, run));
+        let left = backend.bounded("read", &key, deadline, async { Ok(read.await) }).await?;
+        run = left.map_err(|e| CheckpointError::Runtime { reason: e.to_string() })?;
+    }
+    for Job { chunk, wanted } in run {
+        let bytes = backend.get_chunk(&chunk, &Buffers::default()).await?;
+        for (range, mut target) in wanted {
+            bytemuck::cast_slice_mut(target.values_mut()).copy_from_slice(&bytes[range]);
+        }
+    }
+    Ok(())
+}
+
+/// Does jobs of a file and gives back those that failed, for whatever reason: the other way tries again and knows how to say it.
+fn read_in_place<T: Target>(path: &Path, mut run: Vec<Job<T>>) -> Vec<Job<T>> {
+    let Ok(file) = File::open(path) else { return run };
+    run.retain_mut(|job| !job.is_read_in_place(&file).unwrap_or(false));
+    run
 }
 
 impl<T: Target> Job<T> {
-    async fn done(mut self, backend: Arc<Backend>) -> Result<(), CheckpointError> {
-        if let Some(folder) = &backend.folder {
-            let path = folder.join(&self.chunk.key);
-            let deadline = backend.deadline(self.chunk.bytes() as u64);
-            let key = self.chunk.key.clone();
-            let read = tokio::task::spawn_blocking(move || (self.is_read_in_place(&path), self));
-            let read = async { Ok(read.await) };
-            match backend.bounded("read", &key, deadline, read).await? {
-                Ok((Ok(true), _)) => return Ok(()),
-                // Whatever it is: the way below tries again and knows how to say it.
-                Ok((_, job)) => self = job,
-                Err(e) => return Err(CheckpointError::Runtime { reason: e.to_string() }),
-            }
-        }
-        let bytes = backend.get_chunk(&self.chunk, &Buffers::default()).await?;
-        for (range, target) in &mut self.wanted {
-            bytemuck::cast_slice_mut(target.values_mut()).copy_from_slice(&bytes[range.clone()]);
-        }
-        Ok(())
-    }
-
     /// Reads a chunk of a file in one pass and tells whether it is as it was written.
-    fn is_read_in_place(&mut self, path: &Path) -> io::Result<bool> {
-        let file = File::open(path)?;
+    fn is_read_in_place(&mut self, file: &File) -> io::Result<bool> {
         if file.metadata()?.len() != self.chunk.object_bytes {
             return Ok(false);
         }

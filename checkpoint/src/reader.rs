@@ -135,7 +135,7 @@ impl CheckpointReader {
             wanted.sort_by_key(|(range, _)| range.start);
             Job { chunk: chunk_ref(&self.manifest, chunk), wanted }
         });
-        runtime::wait(load(&self.backend, jobs.collect::<Vec<_>>()))
+        runtime::wait(load(&self.backend, jobs.collect()))
     }
 
     /// Verifies a part (number, of how many) of the chunks that hold nothing of the tensors that `is_read` names. When every such
@@ -308,5 +308,5 @@ fn all_chunks(manifest: &Manifest) -> impl Iterator<Item = ChunkId> {
 /// Reads chunks for their digests alone.
 async fn visit(backend: &Arc<Backend>, manifest: &Manifest, wanted: Vec<ChunkId>) -> Result<(), CheckpointError> {
     let job = |chunk| Job::<Nothing> { chunk: chunk_ref(manifest, chunk), wanted: Vec::new() };
-    load(backend, wanted.into_iter().map(job).collect::<Vec<_>>()).await
+    load(backend, wanted.into_iter().map(job).collect()).await
 }
