@@ -178,3 +178,27 @@ fn weights_are_read_though_the_optimizer_state_is_gone() {
         matches!(reader.read_all_f32(optimizer[0].0), Err(CheckpointError::Missing { key, .. }) if key == manifest.shards[1].key)
     );
 }
+
+/// A thread reads several chunks of a file in a row.
+#[test]
+fn any_chunk_of_a_long_file() {
+    let run = file_run();
+    let attempt = claim(&run.store, None);
+    let long: &[(&str, &[usize])] = &[("model/long", &[5_600_000])];
+    let manifest = run.store.commit(content(attempt, 5, write_all(&run.store, attempt, 5, 1, long))).unwrap();
+    let path = run.path.join(&manifest.shards[0].key);
+    let bytes = fs::read(&path).unwrap();
+    let read = || read_ranges(&run.store.read(&manifest), &[("model/long", 0..5_600_000)]);
+    assert!(read().unwrap()[0] == values(0, &[5_600_000], 5));
+    let chunks = manifest.shards[0].chunks.count();
+    assert!(chunks > 4, "{chunks}");
+    for chunk in 0..chunks {
+        let mut damaged = bytes.clone();
+        damaged[chunk * manifest.chunk_bytes as usize + 999] ^= 1;
+        fs::write(&path, damaged).unwrap();
+        let first_byte = format!("its bytes {} to", chunk as u64 * manifest.chunk_bytes);
+        for error in [read().unwrap_err(), run.store.verify(&manifest).unwrap_err()] {
+            assert!(error.is_damage() && error.to_string().contains(&first_byte), "{error}");
+        }
+    }
+}
