@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use data_loader::{
 };
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
 use stores::profile::Environment;
 use stores::testing::{FaultyProxy, MiniS3};
@@ -204,8 +206,8 @@ fn a_file_that_is_replaced_in_the_middle_of_a_run_is_named() {
     }
 }
 
-/// The same against a server: `DITHAROS_TEST_STORE` is `s3://bucket/prefix` or `az://container/prefix`, and the credentials are where
-/// they usually are. `./dev test --stores` starts servers and runs this.
+/// The same against a server: `DITHAROS_TEST_STORE` is `s3://bucket/prefix`, `az://container/prefix` or `gs://bucket/prefix`, and the
+/// credentials are where they usually are. `./dev test --stores` starts servers and runs this.
 #[test]
 #[ignore = "needs DITHAROS_TEST_STORE=URL and a server behind it"]
 fn epochs_of_a_real_server() {
@@ -216,7 +218,10 @@ fn epochs_of_a_real_server() {
     let (store, path) = stores::open(&url, stores::Bounds::default()).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     for (name, bytes) in files(folder.path()) {
-        runtime.block_on(store.put(&path.clone().join(name.as_str()), bytes.into())).unwrap();
+        // As a conversion does.
+        let mut pieces = runtime.block_on(store.put_multipart(&path.clone().join(name.as_str()))).unwrap();
+        runtime.block_on(pieces.put_part(bytes.into())).unwrap();
+        runtime.block_on(pieces.complete()).unwrap();
     }
     drop(store);
     let reference = Arc::new(LatentDataset::open(folder.path().to_str().unwrap(), &Columns::default()).unwrap());
@@ -239,6 +244,15 @@ fn epochs_of_a_real_server() {
                 .build()
                 .unwrap(),
         ),
+        "gs" => Arc::new(
+            GoogleCloudStorageBuilder::from_env()
+                .with_url(url.as_str())
+                .with_base_url(through.as_str().trim_end_matches('/'))
+                .with_client_options(client())
+                .with_retry(retry())
+                .build()
+                .unwrap(),
+        ),
         _ => Arc::new(
             MicrosoftAzureBuilder::from_env()
                 .with_use_emulator(false)
@@ -256,6 +270,21 @@ fn epochs_of_a_real_server() {
     println!("{faults} of {requests} requests went wrong");
 }
 
+/// Opened by its URL and the environment, as a user would: hence in a process of its own.
+#[test]
+fn epochs_of_a_server_that_speaks_the_dialect_of_gcs() {
+    let server = MiniS3::new();
+    let ran = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "epochs_of_a_real_server"])
+        .env("DITHAROS_TEST_STORE", "gs://bucket/prefix")
+        .envs(server.gcs_environment())
+        .output()
+        .unwrap();
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stdout));
+    let requests = server.take_requests();
+    assert!(requests.iter().any(|line| line.starts_with("GET /bucket/prefix%2Fset")), "{requests:?}");
+}
+
 /// With what the profile files say.
 fn s3_settings(builder: AmazonS3Builder) -> AmazonS3Builder {
     let settings = stores::profile::s3_settings(&Environment::of_process()).unwrap();
@@ -264,6 +293,10 @@ fn s3_settings(builder: AmazonS3Builder) -> AmazonS3Builder {
 
 /// The server on this machine that the environment names.
 fn endpoint(url: &url::Url) -> url::Url {
-    let variable = if url.scheme() == "s3" { "AWS_ENDPOINT_URL" } else { "AZURE_STORAGE_ENDPOINT" };
+    let variable = match url.scheme() {
+        "s3" => "AWS_ENDPOINT_URL",
+        "gs" => "GOOGLE_BASE_URL",
+        _ => "AZURE_STORAGE_ENDPOINT",
+    };
     std::env::var(variable).unwrap_or_else(|_| panic!("{variable} is not set")).parse().unwrap()
 }
