@@ -176,9 +176,7 @@ fn read(r: &mut Reader, base: &Path) -> RunConfig {
         },
         collective: CollectiveConfig {
             timeout_s: r.integer("collective.timeout_s", 1..=604_800, 600),
-            node_ranks: r
-                .optional_integer("collective.node_ranks", 1..=MAX_LANES as u64)
-                .map(|ranks| ranks as usize),
+            node_ranks: r.optional_integer("collective.node_ranks", 1..=MAX_LANES as u64).map(|ranks| ranks as usize),
         },
         cluster: cluster::read(r),
     }

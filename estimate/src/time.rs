@@ -75,8 +75,7 @@ impl Sizes {
         let forwards = if self.groups.shares_out_weights() { compute_s } else { lane_s / 3.0 };
         let ahead_s = if self.groups.updates_ahead(config) { weights_s / 3.0 } else { 0.0 };
         let behind_gradients = (backwards - gradients_s).clamp(0.0, ahead_s);
-        let exposed_wire_s =
-            (gradients_s - backwards).max(0.0) + (weights_s - behind_gradients - forwards).max(0.0);
+        let exposed_wire_s = (gradients_s - backwards).max(0.0) + (weights_s - behind_gradients - forwards).max(0.0);
         let averages = (1 + config.ema.further_decays.len() + config.ema.power.len()) as f64;
         let update_s = self.held() as f64 * (ADAMW_BYTES + AVERAGE_BYTES * averages) / memory_rate;
         let step_s = compute_s + exposed_wire_s + update_s;

@@ -175,9 +175,8 @@ fn a_link_that_is_cut_in_any_phase_ends_the_run_and_the_rank_behind_it_is_named_
         ("checkpoint", Experiment::new(), &phases::LARGE),
     ];
     for (phase, experiment, overrides) in &cases {
-        let caught = |attempt| {
-            cut_in(&cluster, experiment, phase, &format!("{phase}-{attempt}"), overrides).starts_with(phase)
-        };
+        let caught =
+            |attempt| cut_in(&cluster, experiment, phase, &format!("{phase}-{attempt}"), overrides).starts_with(phase);
         assert!((0..phases::TRIES).any(caught), "never caught in phase {phase}");
     }
 }

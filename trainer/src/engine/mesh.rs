@@ -151,7 +151,8 @@ mod tests {
     fn lanes_and_finest_shards_are_dealt_once_and_a_group_holds_everything() {
         for (lanes, sharding) in [1, 4, 16].into_iter().flat_map(|lanes| Sharding::ALL.map(|level| (lanes, level))) {
             for world_size in allowed_world_sizes(lanes) {
-                let places = [None, Some(1), Some(2), Some(4)].into_iter().flat_map(|group| [1, 2, 4].map(|n| (group, n)));
+                let places =
+                    [None, Some(1), Some(2), Some(4)].into_iter().flat_map(|group| [1, 2, 4].map(|n| (group, n)));
                 for (group, node) in places {
                     let mesh = |rank| Mesh::of(rank, world_size, lanes, sharding, group).unwrap().over_nodes(node);
                     let (mut run, mut owned) = (vec![0; lanes], vec![0; lanes]);

@@ -29,9 +29,10 @@ use tch::{Device, Kind, Tensor};
 
 /// Whether bucket `index` is one of those whose update need not wait for the end of the backward pass: every third. A step sends as much
 /// for gradients, behind the backward pass, as for weights, behind the next forward pass, which takes half as long. With a third of
-/// the weights behind the backward pass the wire has in each as much to do as it takes, all along the chain.
+/// the weights behind the backward pass the wire has in each as much to do as it takes, all along the chain. Not the very first of
+/// them: it would come when the backward pass is over, and go before what is needed first.
 pub(super) fn goes_ahead(index: usize) -> bool {
-    index % 3 == 2
+    index % 3 == 2 && index > AHEAD_LAG
 }
 
 /// Such an update comes so many segments after the bucket's own: its sum has had time to arrive.
@@ -140,7 +141,9 @@ pub enum StepError {
          the run resumes from its last checkpoint"
     )]
     Diverged(Box<Diverged>),
-    #[error("step {step}, phase data: {source}; nothing of the step is kept, and the run resumes from its last checkpoint")]
+    #[error(
+        "step {step}, phase data: {source}; nothing of the step is kept, and the run resumes from its last checkpoint"
+    )]
     TooMuchDamage { step: u64, source: Box<DataError> },
 }
 
