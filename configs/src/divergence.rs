@@ -25,7 +25,7 @@ impl Default for DivergenceConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnDivergence {
-    /// The run ends before anything is updated.
+    /// The run ends; nothing of the step is kept.
     Stop,
     /// The step is made without an update.
     Skip,

@@ -1,4 +1,4 @@
-//! Steps that diverge: what all ranks have agreed on in a step is judged before anything is updated, and by the same rule on
+//! Steps that diverge: what all ranks have agreed on in a step is judged before the step counts as made, and by the same rule on
 //! every rank. What the rule looks at is the same for any number of ranks, before and after a resume.
 
 use super::decisions::DecisionLog;

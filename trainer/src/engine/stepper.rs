@@ -177,7 +177,7 @@ impl Stepper {
     }
 
     /// Lets all ranks agree on losses, gradient norm and signals, and on what becomes of a step that diverges. The one wait
-    /// for the device in a step: nothing may be updated before the norm is known to be finite.
+    /// for the device in a step: what waits for all gradients is updated after it.
     pub(super) fn agree(
         &mut self,
         step: u64,
