@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -270,18 +269,9 @@ fn epochs_of_a_real_server() {
     println!("{faults} of {requests} requests went wrong");
 }
 
-/// Opened by its URL and the environment, as a user would: hence in a process of its own.
 #[test]
 fn epochs_of_a_server_that_speaks_the_dialect_of_gcs() {
-    let server = MiniS3::new();
-    let ran = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "epochs_of_a_real_server"])
-        .env("DITHAROS_TEST_STORE", "gs://bucket/prefix")
-        .envs(server.gcs_environment())
-        .output()
-        .unwrap();
-    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stdout));
-    let requests = server.take_requests();
+    let requests = MiniS3::new().passes_as_gcs("epochs_of_a_real_server");
     assert!(requests.iter().any(|line| line.starts_with("GET /bucket/prefix%2Fset")), "{requests:?}");
 }
 

@@ -2,7 +2,7 @@
 
 use crate::world::*;
 use checkpoint::{Retention, RunStore, digest};
-use std::{collections::BTreeSet, process::Command, time::SystemTime};
+use std::{collections::BTreeSet, time::SystemTime};
 use stores::testing::MiniS3;
 
 /// Start a server, export its credentials (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `AWS_ALLOW_HTTP=true`, …), then
@@ -34,18 +34,9 @@ fn a_run_on_a_real_server() {
     assert_eq!(newest(&store), (Some(30), vec![]));
 }
 
-/// Opened by its URL and the environment, as a user would: hence in a process of its own.
 #[test]
 fn a_run_on_a_server_that_speaks_the_dialect_of_gcs() {
-    let server = MiniS3::new();
-    let ran = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "real_server::a_run_on_a_real_server"])
-        .env("DITHAROS_TEST_STORE", "gs://bucket/prefix")
-        .envs(server.gcs_environment())
-        .output()
-        .unwrap();
-    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stdout));
-    let requests = server.take_requests();
+    let requests = MiniS3::new().passes_as_gcs("real_server::a_run_on_a_real_server");
     let is_commit = |line: &String| line.starts_with("PUT /bucket/prefix%2Frun") && line.contains("manifest");
     assert!(requests.iter().any(is_commit), "{requests:?}");
 }
