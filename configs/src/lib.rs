@@ -11,6 +11,7 @@
 //! | [`location`] | paths and URLs: resolving, redaction |
 //! | [`lanes`] | which lanes a rank executes, which world sizes an experiment allows |
 //! | [`resume`] | which keys differ between two configs in a way that makes another experiment |
+//! | [`data`], [`diffusion`] | these two sections |
 //! | [`sampler`] | the samplers by name |
 //! | [`divergence`] | what becomes of a step that diverges |
 //! | [`events`] | the JSON lines that a run writes |
@@ -26,6 +27,8 @@ pub mod beat;
 pub mod cache;
 pub mod cluster;
 mod columns;
+pub mod data;
+pub mod diffusion;
 pub mod divergence;
 pub mod error;
 mod event_text;
@@ -48,6 +51,8 @@ pub mod validation;
 
 pub use cache::CacheConfig;
 pub use cluster::{Bind, ClusterConfig, KubernetesConfig, SlurmConfig, SlurmMpi};
+pub use data::{Columns, DataConfig, DataSource, Flip, OnBroken};
+pub use diffusion::{DiffusionConfig, Objective, Schedule, TimestepSampling};
 pub use divergence::{DivergenceConfig, OnDivergence};
 pub use error::{ConfigError, Mistake};
 pub use fid::FidConfig;

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use toml::Table;
 
+use crate::data::{Columns, DataConfig, DataSource, Flip, OnBroken};
+use crate::diffusion::Objective;
 use crate::error::ConfigError;
 use crate::lanes::MAX_LANES;
 use crate::reader::Reader;

@@ -1,7 +1,9 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::{CacheConfig, DivergenceConfig, Mistake, OnDivergence, ValidationConfig};
+use crate::{
+    CacheConfig, DiffusionConfig, DivergenceConfig, Mistake, OnDivergence, Schedule, TimestepSampling, ValidationConfig,
+};
 
 const SMALL: &str = r#"
 run.url = "../runs/a"

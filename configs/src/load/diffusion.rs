@@ -1,8 +1,8 @@
 //! `[diffusion]`: its keys by themselves, and against each other.
 
 use super::POSITIVE;
+use crate::diffusion::{DiffusionConfig, Objective, Schedule, TimestepSampling};
 use crate::reader::Reader;
-use crate::schema::{DiffusionConfig, Objective, Schedule, TimestepSampling};
 use std::ops::Bound::{self, Excluded};
 
 const INSIDE_ONE: (Bound<f64>, Bound<f64>) = (Excluded(0.0), Excluded(1.0));
