@@ -33,6 +33,8 @@ class Model:
 MODELS = {
     "quickstart": Model(192, 6, 3, 2, 8, 10, 32),
     "DiT-S/2": Model(384, 12, 6, 2, 32, 1000, 4),
+    # As many blocks as DiT-XL/2.
+    "28-blocks": Model(384, 28, 6, 2, 32, 1000, 4),
 }
 
 

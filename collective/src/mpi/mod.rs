@@ -72,7 +72,7 @@ impl MpiCollective {
         if threading < mpi::Threading::Serialized {
             return Err(failed("it does not allow calls from several threads (MPI_THREAD_SERIALIZED)"));
         }
-        let world = Comm::world();
+        let world = Comm::world()?;
         let seat = match environment::started().map_err(|reason| failed(&reason))? {
             Started::Mpi(seat) => seat,
             // As MPI starts a program without a launcher.

@@ -4,6 +4,7 @@ use super::bf16::Bf16Ops;
 use crate::call::{Call, Kind};
 use crate::{CollectiveError, Dtype, ReduceOp};
 use mpi::ffi;
+use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -14,6 +15,8 @@ pub(super) struct Comm {
     handle: ffi::MPI_Comm,
     pub rank: usize,
     pub size: usize,
+    /// Whether some of its ranks share no memory: the same answer on all of them.
+    spans_nodes: bool,
 }
 
 // SAFETY: a handle is a name; only the progress thread makes calls with it.
@@ -22,21 +25,28 @@ unsafe impl Send for Comm {}
 unsafe impl Sync for Comm {}
 
 impl Comm {
-    /// All ranks; MPI must be initialised.
-    pub fn world() -> Self {
+    /// All ranks, who call this together; MPI must be initialised.
+    pub fn world() -> Result<Self, CollectiveError> {
         // SAFETY: a constant of the initialised library.
         Self::of(unsafe { ffi::RSMPI_COMM_WORLD })
     }
 
-    fn of(handle: ffi::MPI_Comm) -> Self {
-        let (mut rank, mut size) = (0, 0);
-        // SAFETY: a valid communicator and valid out-pointers.
+    /// All its ranks call this together.
+    fn of(handle: ffi::MPI_Comm) -> Result<Self, CollectiveError> {
+        let (mut rank, mut size, mut here) = (0, 0, 0);
+        let mut node = MaybeUninit::uninit();
+        // SAFETY: a valid communicator and valid out-pointers; the node's communicator is used only after success.
         unsafe {
             ffi::MPI_Comm_rank(handle, &mut rank);
             ffi::MPI_Comm_size(handle, &mut size);
             ffi::MPI_Comm_set_errhandler(handle, ffi::RSMPI_ERRORS_RETURN);
+            let (shared, no_info) = (ffi::RSMPI_COMM_TYPE_SHARED, ffi::RSMPI_INFO_NULL);
+            let code = ffi::MPI_Comm_split_type(handle, shared, 0, no_info, node.as_mut_ptr());
+            check(rank as usize, code, "split")?;
+            ffi::MPI_Comm_size(node.assume_init(), &mut here);
+            ffi::MPI_Comm_free(node.as_mut_ptr());
         }
-        Self { handle, rank: rank as usize, size: size as usize }
+        Ok(Self { handle, rank: rank as usize, size: size as usize, spans_nodes: here < size })
     }
 
     /// Whether both are the same communicator.
@@ -50,9 +60,15 @@ pub(super) fn in_place() -> isize {
     if mpi::environment::library_version().is_ok_and(|version| version.contains("Open MPI")) { 1 } else { -1 }
 }
 
-/// What an operation has on the wire.
+/// Between nodes a message is at most so long: what is on the wire can be waited for piece by piece, and replies need not queue behind
+/// long ones. Inside a node, where a message is one copy, it is not cut.
+const PIECE_BYTES: usize = 128 << 10;
+
+/// A piece of an operation on the wire.
 #[derive(Default)]
 pub(super) struct Transfer {
+    /// What this rank sends, about.
+    pub bytes: usize,
     requests: Vec<ffi::MPI_Request>,
     /// Freed when nothing uses them any more.
     types: Vec<ffi::MPI_Datatype>,
@@ -68,25 +84,34 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    /// Starts an operation, in one call or chunk by chunk. All of it is started here, because all ranks have to start the
-    /// calls of a communicator in the same order. The buffers of `call` are in use until [`Wire::is_done`].
-    pub fn start(&self, comm: Comm, call: &Call) -> Result<Transfer, CollectiveError> {
-        let mut transfer = Transfer::default();
+    /// The ranges of each rank's part that are moved one after the other, the same on all ranks; a barrier has an empty one.
+    pub fn pieces(&self, comm: Comm, call: &Call) -> VecDeque<Range<usize>> {
         if call.kind == Kind::Barrier {
-            // SAFETY: a valid communicator; the request is written on success.
-            self.add(&mut transfer, call, |request| unsafe { ffi::MPI_Ibarrier(comm.handle, request) })?;
+            return VecDeque::from([0..0]);
         }
         // MPI multiplies counts and ranks as 32-bit numbers here and there.
         let longest = self.chunk_numel.clamp(1, i32::MAX as usize / comm.size);
-        for part in call.chunks(longest) {
-            self.start_chunk(comm, call, part, &mut transfer)?;
-        }
+        let longest = match call.kind {
+            // Cut, it would be another algorithm.
+            Kind::ReduceScatter(_) => longest,
+            _ if comm.spans_nodes => longest.min(PIECE_BYTES / call.dtype.bytes()),
+            _ => longest,
+        };
+        call.chunks(longest).collect()
+    }
+
+    /// Starts a piece of an operation, whose buffers are in use until [`Wire::is_done`]. All ranks have to start the pieces of a
+    /// communicator in the same order.
+    pub fn start(&self, comm: Comm, call: &Call, part: Range<usize>) -> Result<Transfer, CollectiveError> {
+        let bytes = part.len() * call.dtype.bytes() * (comm.size - 1);
+        let mut transfer = Transfer { bytes, ..Transfer::default() };
+        self.start_piece(comm, call, part, &mut transfer)?;
         Ok(transfer)
     }
 
     /// SAFETY of all calls here: `call` has checked that its buffers are as long as the operation reaches and keeps them;
     /// `chunks` keeps counts below 2^31.
-    fn start_chunk(
+    fn start_piece(
         &self,
         comm: Comm,
         call: &Call,
@@ -99,7 +124,8 @@ impl Wire {
         let from = if call.in_place { here } else { call.from(start).cast_const().cast() };
         let to = call.to(start).cast();
         match call.kind {
-            Kind::Barrier => Ok(()),
+            // SAFETY: a valid communicator; the request is written on success.
+            Kind::Barrier => self.add(transfer, call, |request| unsafe { ffi::MPI_Ibarrier(handle, request) }),
             Kind::AllReduce(op) => {
                 let op = self.operation(call.dtype, op);
                 // SAFETY: see above.
@@ -216,7 +242,7 @@ impl Wire {
         // SAFETY: a valid communicator; the new one is read only after success.
         unsafe {
             self.check(ffi::MPI_Comm_split(comm.handle, color, key, group.as_mut_ptr()), "split")?;
-            Ok(Comm::of(group.assume_init()))
+            Comm::of(group.assume_init())
         }
     }
 
@@ -233,16 +259,21 @@ impl Wire {
     }
 
     fn check(&self, code: i32, op: &'static str) -> Result<(), CollectiveError> {
-        if code == 0 {
-            return Ok(());
-        }
-        let mut text = [0u8; 512];
-        let mut length = 0;
-        // SAFETY: the buffer is larger than MPI_MAX_ERROR_STRING (256 in Open MPI, 512 in MPICH).
-        unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr().cast(), &mut length) };
-        let reason = String::from_utf8_lossy(&text[..length.max(0) as usize]).into_owned();
-        Err(CollectiveError::Backend { rank: self.rank, op, reason })
+        check(self.rank, code, op)
     }
+}
+
+/// What a call returned, on rank `rank` of the run.
+fn check(rank: usize, code: i32, op: &'static str) -> Result<(), CollectiveError> {
+    if code == 0 {
+        return Ok(());
+    }
+    let mut text = [0u8; 512];
+    let mut length = 0;
+    // SAFETY: the buffer is larger than MPI_MAX_ERROR_STRING (256 in Open MPI, 512 in MPICH).
+    unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr().cast(), &mut length) };
+    let reason = String::from_utf8_lossy(&text[..length.max(0) as usize]).into_owned();
+    Err(CollectiveError::Backend { rank, op, reason })
 }
 
 /// The MPI type that moves elements of `dtype`; bf16 travels as 16-bit words.
