@@ -72,7 +72,7 @@ impl Sizes {
     pub fn new(config: &RunConfig, dims: &Dims, world_size: usize, ranks_per_node: usize) -> Sizes {
         let segments = crate::model::segments(config, dims);
         let buckets = segments.iter().map(|segment| Bucket::new(segment, config.train.lanes)).collect();
-        let mut inputs = Inputs { requires_grad: false, context_requires_grad: false };
+        let mut inputs = Inputs::default();
         let cost = |segment: &Segment| {
             let (cost, next) = segment_cost(segment, dims, config.train.micro_batch, config.train.precision, inputs);
             inputs = next;
