@@ -16,7 +16,7 @@ const MPI_BYTES: f64 = 10e6;
 const CUDA_BYTES: f64 = 1.5e9;
 /// What malloc keeps of blocks that were freed and do not serve the next request, in multiples of what the fullest segment takes:
 /// found by measurement, with glibc.
-const MALLOC_SEGMENTS: f64 = 2.0;
+const MALLOC_SEGMENTS: f64 = 3.0;
 /// Bytes of a row beside its latent.
 const ROW_BYTES: usize = 32;
 
