@@ -87,7 +87,7 @@ impl Wire {
     /// The ranges of each rank's part that are moved one after the other, the same on all ranks; a barrier has an empty one.
     pub fn pieces(&self, comm: Comm, call: &Call) -> VecDeque<Range<usize>> {
         if call.kind == Kind::Barrier {
-            return VecDeque::from([0..0]);
+            return std::iter::once(0..0).collect();
         }
         // MPI multiplies counts and ranks as 32-bit numbers here and there.
         let longest = self.chunk_numel.clamp(1, i32::MAX as usize / comm.size);

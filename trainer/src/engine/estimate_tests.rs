@@ -77,11 +77,11 @@ fn parameters_and_buckets_are_those_of_the_estimate() {
     for overrides in MODELS {
         let config = config(overrides);
         let (model, sizes) = (model(&config), Sizes::new(&config, &dims(&config), 1, 1));
-        let of_segment = |segment: &Box<dyn Segment>| {
+        let of_segment = |segment: &dyn Segment| {
             let full = |spec: ParamSpec| (format!("{}{}", segment.prefix(), spec.name), spec.shape, spec.trainable);
             segment.params().into_iter().map(full).collect::<Vec<_>>()
         };
-        let made: Vec<_> = model.segments().iter().flat_map(of_segment).collect();
+        let made: Vec<_> = model.segments().iter().flat_map(|segment| of_segment(&**segment)).collect();
         let declared = sizes.segments.iter().flat_map(|segment| &segment.params);
         let declared =
             declared.map(|p| (p.name.clone(), p.shape.iter().map(|&side| side as i64).collect(), p.trainable));
