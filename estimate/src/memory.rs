@@ -16,7 +16,7 @@ const MPI_BYTES: f64 = 10e6;
 const CUDA_BYTES: f64 = 1.5e9;
 /// What malloc keeps of blocks that were freed and do not serve the next request, in multiples of what the fullest segment takes:
 /// found by measurement, with glibc.
-const MALLOC_SEGMENTS: f64 = 3.0;
+const MALLOC_SEGMENTS: f64 = 2.0;
 /// Bytes of a row beside its latent.
 const ROW_BYTES: usize = 32;
 
@@ -72,7 +72,7 @@ impl Sizes {
     pub fn new(config: &RunConfig, dims: &Dims, world_size: usize, ranks_per_node: usize) -> Sizes {
         let segments = crate::model::segments(config, dims);
         let buckets = segments.iter().map(|segment| Bucket::new(segment, config.train.lanes)).collect();
-        let mut inputs = Inputs::default();
+        let mut inputs = Inputs { requires_grad: false, context_requires_grad: false };
         let cost = |segment: &Segment| {
             let (cost, next) = segment_cost(segment, dims, config.train.micro_batch, config.train.precision, inputs);
             inputs = next;

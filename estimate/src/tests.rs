@@ -62,7 +62,7 @@ fn computing_twice_and_bf16_lower_activations_and_the_first_costs_time() {
     let [plain, twice, bf16] =
         [&[][..], &["train.activation_checkpointing=1"], &["train.precision=bf16"]].map(|set| estimate(1, 8, set));
     let activations = |estimate: &Estimate| bytes(estimate, "activations");
-    assert!(5 * activations(&twice) < activations(&plain) && activations(&bf16) < activations(&plain));
+    assert!(6 * activations(&twice) < activations(&plain) && activations(&bf16) < activations(&plain));
     let ratio = twice.time.flops / plain.time.flops;
     assert!((1.3..1.34).contains(&ratio), "forward, and backward twice that: {ratio}");
     assert!(bf16.time.compute_s < plain.time.compute_s && plain.time.compute_s < twice.time.compute_s);

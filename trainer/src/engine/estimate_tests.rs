@@ -9,7 +9,7 @@ use super::wire::Summation;
 use super::{gradients, weights};
 use crate::ema::Average;
 use crate::model::dit::{Dit, DitConfig};
-use crate::model::{Model, ParamSpec, Segment, freeze::freeze, lora::adapt};
+use crate::model::{Model, freeze::freeze, lora::adapt};
 use collective::{Collective, CollectiveError, Op, Pending};
 use configs::RunConfig;
 use estimate::{Dims, Sizes};
@@ -77,11 +77,8 @@ fn parameters_and_buckets_are_those_of_the_estimate() {
     for overrides in MODELS {
         let config = config(overrides);
         let (model, sizes) = (model(&config), Sizes::new(&config, &dims(&config), 1, 1));
-        let of_segment = |segment: &dyn Segment| {
-            let full = |spec: ParamSpec| (format!("{}{}", segment.prefix(), spec.name), spec.shape, spec.trainable);
-            segment.params().into_iter().map(full).collect::<Vec<_>>()
-        };
-        let made: Vec<_> = model.segments().iter().flat_map(|segment| of_segment(&**segment)).collect();
+        let made: Vec<_> =
+            model.named_params().into_iter().map(|(name, spec)| (name, spec.shape, spec.trainable)).collect();
         let declared = sizes.segments.iter().flat_map(|segment| &segment.params);
         let declared =
             declared.map(|p| (p.name.clone(), p.shape.iter().map(|&side| side as i64).collect(), p.trainable));
