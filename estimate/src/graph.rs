@@ -49,12 +49,14 @@ struct Graph {
 }
 
 /// What a segment is given, and gives on.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Inputs {
     /// Whether something before it is trained.
     pub requires_grad: bool,
     /// Whether the conditioning vector depends on something that is trained.
     pub context_requires_grad: bool,
+    /// Whether the MLP's part of a block's modulation does.
+    pub modulation_requires_grad: bool,
 }
 
 /// What `segment` takes for `micro_batch` samples, and whether its output needs a gradient.
@@ -81,28 +83,41 @@ pub fn segment_cost(
     let context_numel = graph.samples * d * context_tokens;
     let context = graph.leaf(context_numel, inputs.context_requires_grad);
     let tokens = graph.leaf(graph.samples * graph.tokens() * d, inputs.requires_grad);
+    // Of the MLP's branch alone; the half before has all of it.
+    let modulation = graph.leaf(graph.samples * d * graph.modulated(), inputs.modulation_requires_grad);
     let mut next = inputs;
+    let mut beside = None;
     let output = match segment.role {
         Role::Embedders => {
             let output = graph.embedders();
             next = Inputs {
                 requires_grad: output.requires_grad,
                 context_requires_grad: graph.trains(&["t_embedder", "y_embedder"]),
+                ..inputs
             };
             output
         }
-        Role::Block => graph.block(tokens, context),
+        Role::Attention => {
+            let (output, whole_modulation) = graph.attention_half(tokens, context);
+            beside = whole_modulation;
+            next.modulation_requires_grad = beside.is_some_and(|modulation| modulation.requires_grad);
+            output
+        }
+        Role::Mlp => graph.mlp_half(tokens, modulation),
         Role::Final => graph.final_layer(tokens, context),
     };
     next.requires_grad = output.requires_grad;
     // The inputs are the segment before's, the output is counted by itself.
-    for storage in [tokens, context, output].iter().filter_map(|tensor| tensor.storage) {
-        graph.saved.remove(&storage);
+    for tensor in [tokens, context, modulation, output].into_iter().chain(beside) {
+        tensor.storage.map(|storage| graph.saved.remove(&storage));
     }
     let mut cost = graph.cost;
     cost.kept_bytes = graph.saved.values().sum::<f64>() + graph.small_bytes;
-    cost.output_bytes = output.storage_bytes + if segment.role == Role::Embedders { context_numel * 4.0 } else { 0.0 };
-    if !output.requires_grad {
+    cost.output_bytes = output.storage_bytes + beside.map_or(0.0, |modulation| modulation.storage_bytes);
+    if segment.role == Role::Embedders {
+        cost.output_bytes += context_numel * 4.0;
+    }
+    if !output.requires_grad && !next.modulation_requires_grad {
         (cost.backward_bytes, cost.backward_flops) = (0.0, [0.0; 2]);
     }
     (cost, next)
@@ -112,6 +127,15 @@ impl Graph {
     /// Tokens that flow from block to block.
     fn tokens(&self) -> f64 {
         self.dims.tokens() as f64 + if self.dims.conditioning == Conditioning::InContext { 2.0 } else { 0.0 }
+    }
+
+    /// Chunks of the modulation of one branch.
+    fn modulated(&self) -> f64 {
+        match self.dims.conditioning {
+            Conditioning::AdaLnZero => 3.0,
+            Conditioning::AdaLn => 2.0,
+            Conditioning::InContext | Conditioning::CrossAttention => 0.0,
+        }
     }
 
     fn trains(&self, prefixes: &[&str]) -> bool {
@@ -262,6 +286,9 @@ impl Graph {
         let tokens = self.tokens();
         let attended = self.attend(qkv, qkv, qkv, tokens, tokens);
         let projected = self.rounded_linear("attn.proj", attended);
+        // At its fullest backward holds the gradients of output, of q, k and v, and of one weight.
+        let gradient = 4.0 * self.param("attn.qkv.weight").numel;
+        self.cost.backward_bytes = 4.0 * x.numel + qkv.storage_bytes + gradient;
         self.cast(projected, 4.0)
     }
 
@@ -275,51 +302,54 @@ impl Graph {
         self.cast(projected, 4.0)
     }
 
-    fn block(&mut self, x: Shadow, context: Shadow) -> Shadow {
-        let chunks = match self.dims.conditioning {
-            Conditioning::AdaLnZero => 6.0,
-            Conditioning::AdaLn => 4.0,
-            Conditioning::InContext => {
-                let normed = self.norm(x, Some("norm1"));
-                let attention = self.self_attention(normed);
-                let x = self.elementwise(&[x, attention]);
-                let normed = self.norm(x, Some("norm2"));
-                let mlp = self.mlp(normed);
-                return self.elementwise(&[x, mlp]);
-            }
-            Conditioning::CrossAttention => {
-                let normed = self.norm(x, Some("norm1"));
-                let attention = self.self_attention(normed);
-                let x = self.elementwise(&[x, attention]);
-                let normed = self.norm(x, Some("norm_cross"));
-                let q = self.rounded_linear("cross_attn.q", normed);
-                let kv = self.rounded_linear("cross_attn.kv", context);
-                let attended = self.attend(q, kv, kv, self.tokens(), 2.0);
-                let projected = self.rounded_linear("cross_attn.proj", attended);
-                let cross = self.cast(projected, 4.0);
-                let x = self.elementwise(&[x, cross]);
-                let normed = self.norm(x, Some("norm2"));
-                let mlp = self.mlp(normed);
-                return self.elementwise(&[x, mlp]);
-            }
+    /// With the modulation that both halves take their parts of.
+    fn attention_half(&mut self, x: Shadow, context: Shadow) -> (Shadow, Option<Shadow>) {
+        let chunks = 2.0 * self.modulated();
+        if chunks > 0.0 {
+            let condition = self.activation(context);
+            let modulation = self.linear("adaLN_modulation.1", condition);
+            let normed = self.norm(x, None);
+            let modulated = self.modulate(normed, modulation, chunks);
+            let attention = self.self_attention(modulated);
+            let branch = self.gate(attention, modulation, chunks);
+            return (self.elementwise(&[x, branch]), Some(modulation));
+        }
+        let normed = self.norm(x, Some("norm1"));
+        let attention = self.self_attention(normed);
+        let x = self.elementwise(&[x, attention]);
+        if self.dims.conditioning == Conditioning::InContext {
+            return (x, None);
+        }
+        let normed = self.norm(x, Some("norm_cross"));
+        let q = self.rounded_linear("cross_attn.q", normed);
+        let kv = self.rounded_linear("cross_attn.kv", context);
+        let attended = self.attend(q, kv, kv, self.tokens(), 2.0);
+        let projected = self.rounded_linear("cross_attn.proj", attended);
+        let cross = self.cast(projected, 4.0);
+        (self.elementwise(&[x, cross]), None)
+    }
+
+    /// `modulation`: of this branch alone.
+    fn mlp_half(&mut self, x: Shadow, modulation: Shadow) -> Shadow {
+        let chunks = self.modulated();
+        let branch = if chunks > 0.0 {
+            let normed = self.norm(x, None);
+            let modulated = self.modulate(normed, modulation, chunks);
+            let mlp = self.mlp(modulated);
+            self.gate(mlp, modulation, chunks)
+        } else {
+            let normed = self.norm(x, Some("norm2"));
+            self.mlp(normed)
         };
-        let condition = self.activation(context);
-        let modulation = self.linear("adaLN_modulation.1", condition);
-        let gated = self.dims.conditioning == Conditioning::AdaLnZero;
-        let gate = |graph: &mut Self, branch: Shadow| match gated {
-            true => graph.product(graph.chunk(modulation, chunks), branch),
-            false => branch,
-        };
-        let normed = self.norm(x, None);
-        let modulated = self.modulate(normed, modulation, chunks);
-        let attention = self.self_attention(modulated);
-        let branch = gate(self, attention);
-        let x = self.elementwise(&[x, branch]);
-        let normed = self.norm(x, None);
-        let modulated = self.modulate(normed, modulation, chunks);
-        let mlp = self.mlp(modulated);
-        let branch = gate(self, mlp);
         self.elementwise(&[x, branch])
+    }
+
+    /// A branch times its gate, where the design has one.
+    fn gate(&mut self, branch: Shadow, modulation: Shadow, chunks: f64) -> Shadow {
+        match self.dims.conditioning {
+            Conditioning::AdaLnZero => self.product(self.chunk(modulation, chunks), branch),
+            _ => branch,
+        }
     }
 
     fn embedders(&mut self) -> Shadow {

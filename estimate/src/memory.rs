@@ -1,5 +1,7 @@
 //! What a rank holds at its fullest, by category.
 
+use std::ops::Range;
+
 use configs::{Reduction, ReductionDtype, RunConfig};
 use serde::Serialize;
 
@@ -16,7 +18,7 @@ const MPI_BYTES: f64 = 10e6;
 const CUDA_BYTES: f64 = 1.5e9;
 /// What malloc keeps of blocks that were freed and do not serve the next request, in multiples of what the fullest segment takes:
 /// found by measurement, with glibc.
-const MALLOC_SEGMENTS: f64 = 2.0;
+const MALLOC_SEGMENTS: f64 = 3.0;
 /// Bytes of a row beside its latent.
 const ROW_BYTES: usize = 32;
 
@@ -72,7 +74,7 @@ impl Sizes {
     pub fn new(config: &RunConfig, dims: &Dims, world_size: usize, ranks_per_node: usize) -> Sizes {
         let segments = crate::model::segments(config, dims);
         let buckets = segments.iter().map(|segment| Bucket::new(segment, config.train.lanes)).collect();
-        let mut inputs = Inputs { requires_grad: false, context_requires_grad: false };
+        let mut inputs = Inputs::default();
         let cost = |segment: &Segment| {
             let (cost, next) = segment_cost(segment, dims, config.train.micro_batch, config.train.precision, inputs);
             inputs = next;
@@ -108,16 +110,38 @@ impl Sizes {
         self.buckets.iter().map(|bucket| self.groups.part(bucket)).sum()
     }
 
-    /// Whether a segment's activations are computed twice.
-    pub fn is_recomputed(&self, config: &RunConfig, index: usize) -> bool {
-        let every = config.train.activation_checkpointing;
-        every > 0 && (index + 1).is_multiple_of(every)
+    /// Segments whose activations are kept together or computed twice together, and which of the two; see
+    /// `trainer/src/engine/turns.rs`.
+    pub(crate) fn units(&self, config: &RunConfig) -> Vec<(Range<usize>, bool)> {
+        let (every, mut units) = (config.train.activation_checkpointing, Vec::<(Range<usize>, bool)>::new());
+        for segments in self.segments.chunk_by(|a, b| a.prefix == b.prefix) {
+            let start = units.last().map_or(0, |(unit, _)| unit.end);
+            let again = every > 0 && (units.len() + 1).is_multiple_of(every);
+            units.push((start..start + segments.len(), again));
+        }
+        units
     }
 
-    /// Elements of the largest buckets that lie beside each other, so many of them.
-    fn largest(&self, together: usize) -> usize {
-        let sums = self.buckets.windows(together.min(self.buckets.len()).max(1));
-        sums.map(|buckets| buckets.iter().map(|bucket| bucket.numel).sum()).max().unwrap_or(0)
+    /// The segments in the order in which a micro-batch computes them.
+    pub fn uses(&self, config: &RunConfig) -> Vec<usize> {
+        let backward = |(unit, again): (Range<usize>, bool)| {
+            let first = if again { unit.start..unit.end - 1 } else { 0..0 };
+            first.chain(unit.rev())
+        };
+        (0..self.segments.len()).chain(self.units(config).into_iter().rev().flat_map(backward)).collect()
+    }
+
+    /// Elements of the largest bucket.
+    fn largest(&self) -> usize {
+        self.buckets.iter().map(|bucket| bucket.numel).max().unwrap_or(0)
+    }
+
+    /// Elements of the two largest buckets that are used one after the other.
+    fn largest_pair(&self, config: &RunConfig) -> usize {
+        let numel = |index: usize| self.buckets[index].numel;
+        let uses = self.uses(config);
+        let pairs = uses.iter().zip(&uses[1..]).filter(|(a, b)| a != b);
+        pairs.map(|(a, b)| numel(*a) + numel(*b)).max().unwrap_or(self.largest())
     }
 
     /// Elements of the buffers in which sums over ranks come in, see `trainer/src/engine/reducer.rs`; bytes.
@@ -136,15 +160,15 @@ impl Sizes {
 
     /// What autograd and the tape hold at the beginning of the backward pass, or of that of the segment that needs most.
     pub fn activation_bytes(&self, config: &RunConfig) -> f64 {
-        let costs = self.costs.iter().enumerate();
-        let kept = |(index, cost): (usize, &SegmentCost)| {
-            cost.output_bytes + if self.is_recomputed(config, index) { 0.0 } else { cost.kept_bytes }
-        };
         let (mut below, mut most) = (0.0f64, 0.0f64);
-        for (index, cost) in costs {
-            let again = if self.is_recomputed(config, index) { cost.kept_bytes } else { 0.0 };
-            below += kept((index, cost));
-            most = most.max(below + again + cost.backward_bytes);
+        for (unit, again) in self.units(config) {
+            let (mut here, mut output) = (below, 0.0);
+            for cost in &self.costs[unit] {
+                here += cost.kept_bytes + cost.output_bytes;
+                output = cost.output_bytes;
+                most = most.max(here + cost.backward_bytes);
+            }
+            below = if again { below + output } else { here };
         }
         let latents = 4 * config.train.micro_batch * self.dims.in_channels * self.dims.input_size.pow(2);
         most + 5.0 * latents as f64
@@ -184,14 +208,14 @@ impl Sizes {
         let averages = 1 + config.ema.further_decays.len() + config.ema.power.len();
         let (numel, held) = (self.numel(), self.held());
         let is_rounded = config.reduction == Reduction::Fast && config.reduction_dtype == ReductionDtype::Bf16;
-        let weights = if groups.shares_out_weights() { held + self.largest(2) } else { numel };
+        let weights = if groups.shares_out_weights() { held + self.largest_pair(config) } else { numel };
         let part = self.part();
         let sums = groups.sum_buffers(config.reduction) * if groups.shares_out_gradients() { part } else { numel };
         // A segment's gradients, before they are added to the sums.
-        let gradients = 4 * (sums + self.largest(1)) + if is_rounded && world_size > 1 { 4 * held } else { 0 };
+        let gradients = 4 * (sums + self.largest()) + if is_rounded && world_size > 1 { 4 * held } else { 0 };
         let on_the_way = match groups.shares_out_gradients() {
-            true => 2 * 2 * 4 * self.largest(1),
-            false if is_rounded && world_size > 1 => 2 * self.largest(2),
+            true => 2 * 2 * 4 * self.largest(),
+            false if is_rounded && world_size > 1 => 2 * self.largest_pair(config),
             false => 0,
         };
         let latent = self.dims.in_channels * self.dims.input_size.pow(2);

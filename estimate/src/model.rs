@@ -102,8 +102,10 @@ impl Param {
 pub enum Role {
     /// Latents, time and label to tokens.
     Embedders,
-    /// A transformer block.
-    Block,
+    /// The first half of a transformer block: all that comes before the MLP's branch.
+    Attention,
+    /// The second half.
+    Mlp,
     /// Tokens to the prediction.
     Final,
 }
@@ -142,25 +144,31 @@ fn embedders(dims: &Dims) -> Shapes {
     [first, linear("t_embedder.mlp.0", d, FREQUENCY_DIM), linear("t_embedder.mlp.2", d, d), vec![labels]].concat()
 }
 
-fn block(dims: &Dims) -> Shapes {
-    let (d, mlp) = (dims.hidden_size, dims.mlp_hidden);
-    let rest =
-        [linear("attn.qkv", 3 * d, d), linear("attn.proj", d, d), linear("mlp.fc1", mlp, d), linear("mlp.fc2", d, mlp)];
-    let modulation = |chunks: usize| linear("adaLN_modulation.1", chunks * d, d);
+fn attention(dims: &Dims) -> Shapes {
+    let d = dims.hidden_size;
+    let own = [linear("attn.qkv", 3 * d, d), linear("attn.proj", d, d)].concat();
     match dims.conditioning {
-        Conditioning::AdaLnZero => [rest.concat(), modulation(6)].concat(),
-        Conditioning::AdaLn => [rest.concat(), modulation(4)].concat(),
-        Conditioning::InContext => [norm("norm1", d), norm("norm2", d), rest.concat()].concat(),
+        Conditioning::AdaLnZero => [own, linear("adaLN_modulation.1", 6 * d, d)].concat(),
+        Conditioning::AdaLn => [own, linear("adaLN_modulation.1", 4 * d, d)].concat(),
+        Conditioning::InContext => [norm("norm1", d), own].concat(),
         Conditioning::CrossAttention => [
             norm("norm1", d),
             norm("norm_cross", d),
-            norm("norm2", d),
             linear("cross_attn.q", d, d),
             linear("cross_attn.kv", 2 * d, d),
             linear("cross_attn.proj", d, d),
-            rest.concat(),
+            own,
         ]
         .concat(),
+    }
+}
+
+fn mlp(dims: &Dims) -> Shapes {
+    let (d, hidden) = (dims.hidden_size, dims.mlp_hidden);
+    let own = [linear("mlp.fc1", hidden, d), linear("mlp.fc2", d, hidden)].concat();
+    match dims.conditioning {
+        Conditioning::AdaLnZero | Conditioning::AdaLn => own,
+        Conditioning::InContext | Conditioning::CrossAttention => [norm("norm2", d), own].concat(),
     }
 }
 
@@ -204,7 +212,11 @@ pub fn segments(config: &RunConfig, dims: &Dims) -> Vec<Segment> {
         Segment { role, prefix, params }
     };
     let mut segments = vec![segment(Role::Embedders, String::new(), embedders(dims))];
-    segments.extend((0..dims.depth).map(|index| segment(Role::Block, format!("blocks.{index}."), block(dims))));
+    for index in 0..dims.depth {
+        for (role, shapes) in [(Role::Attention, attention(dims)), (Role::Mlp, mlp(dims))] {
+            segments.push(segment(role, format!("blocks.{index}."), shapes));
+        }
+    }
     segments.push(segment(Role::Final, "final_layer.".to_owned(), final_layer(dims)));
     segments
 }

@@ -36,12 +36,14 @@ impl Sizes {
     /// Operations of a rank's lane in a step: [float32, bfloat16], and bytes that everything else reads and writes.
     pub fn lane_work(&self, config: &RunConfig) -> ([f64; 2], f64) {
         let (mut flops, mut traffic) = ([0.0; 2], 0.0);
-        for (index, cost) in self.costs.iter().enumerate() {
-            let again = if self.is_recomputed(config, index) { 1.0 } else { 0.0 };
-            for (kind, sum) in flops.iter_mut().enumerate() {
-                *sum += (1.0 + again) * cost.forward_flops[kind] + cost.backward_flops[kind];
+        for (unit, again) in self.units(config) {
+            let again = if again { 1.0 } else { 0.0 };
+            for cost in &self.costs[unit] {
+                for (kind, sum) in flops.iter_mut().enumerate() {
+                    *sum += (1.0 + again) * cost.forward_flops[kind] + cost.backward_flops[kind];
+                }
+                traffic += (3.0 + again) * cost.forward_traffic;
             }
-            traffic += (3.0 + again) * cost.forward_traffic;
         }
         (flops, traffic)
     }

@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 use trainer::engine::bucket::{Buckets, view_of};
 use trainer::engine::gradients::flat;
 use trainer::engine::tape::Tape;
+use trainer::engine::turns::Keep;
 use trainer::ffi;
 use trainer::model::Model;
 
@@ -25,9 +26,9 @@ impl Pass<'_> {
     /// The forward pass.
     pub fn forward(&self) -> Tape {
         let [x_t, t, labels] = self.input;
-        let mut tape = Tape::new(self.model, self.model.input(x_t, t, labels), 0);
+        let mut tape = Tape::new(self.model.input(x_t, t, labels));
         for (segment, bucket) in self.model.segments().iter().zip(&self.buckets.0) {
-            tape.forward(&**segment, &bucket.weights);
+            tape.forward(&**segment, &bucket.weights, Keep::Activations);
         }
         tape
     }

@@ -5,11 +5,12 @@ use super::bucket::{Bucket, BucketLayout, Buckets};
 use super::mesh::Mesh;
 use super::ranks::Ranks;
 use super::snapshot::Snapshot;
+use super::turns::{Turn, Turns};
 use super::wire::Summation;
 use super::{gradients, weights};
 use crate::ema::Average;
 use crate::model::dit::{Dit, DitConfig};
-use crate::model::{Model, freeze::freeze, lora::adapt};
+use crate::model::{Model, ParamSpec, Segment, freeze::freeze, lora::adapt};
 use collective::{Collective, CollectiveError, Op, Pending};
 use configs::RunConfig;
 use estimate::{Dims, Sizes};
@@ -77,8 +78,11 @@ fn parameters_and_buckets_are_those_of_the_estimate() {
     for overrides in MODELS {
         let config = config(overrides);
         let (model, sizes) = (model(&config), Sizes::new(&config, &dims(&config), 1, 1));
-        let made: Vec<_> =
-            model.named_params().into_iter().map(|(name, spec)| (name, spec.shape, spec.trainable)).collect();
+        let of_segment = |segment: &dyn Segment| {
+            let full = |spec: ParamSpec| (format!("{}{}", segment.prefix(), spec.name), spec.shape, spec.trainable);
+            segment.params().into_iter().map(full).collect::<Vec<_>>()
+        };
+        let made: Vec<_> = model.segments().iter().flat_map(|segment| of_segment(&**segment)).collect();
         let declared = sizes.segments.iter().flat_map(|segment| &segment.params);
         let declared =
             declared.map(|p| (p.name.clone(), p.shape.iter().map(|&side| side as i64).collect(), p.trainable));
@@ -184,7 +188,9 @@ fn compare(config: &RunConfig, rank: usize, world_size: usize) -> usize {
     let all = Arc::new(Counting { world_size, rank, splits, sent: sent.clone() });
     let ranks = Arc::new(Ranks::connect(all, mesh, Summation::of_config(config)).unwrap());
     let mut gradients = gradients::sum(ranks.clone(), &buckets.0);
-    let mut weights = weights::source(ranks, buckets.0.len());
+    let turns = Turns::new(&*model, train.activation_checkpointing);
+    assert_eq!(sizes.uses(config), turns.uses(), "{case}");
+    let mut weights = weights::source(ranks, &turns);
     let [sums, received] = gradients.held_bytes();
     let summed = if sizes.groups.shares_out_gradients() { sizes.part() } else { sizes.numel() };
     assert_eq!(sums, 4 * summed * sizes.groups.sum_buffers(config.reduction), "{case}");
@@ -194,10 +200,13 @@ fn compare(config: &RunConfig, rank: usize, world_size: usize) -> usize {
             weights.acquire(&buckets.0, index).unwrap();
             weights.release(&buckets.0, index).unwrap();
         }
-        for (index, bucket) in buckets.0.iter().enumerate().rev() {
+        for turn in &turns.backward {
+            let (index, bucket) = (turn.segment(), &buckets.0[turn.segment()]);
             weights.acquire(&buckets.0, index).unwrap();
             weights.release(&buckets.0, index).unwrap();
-            gradients.push(bucket, index, bucket.trainable.iter().map(|_| None).collect()).unwrap();
+            if let Turn::Backward(_) = turn {
+                gradients.push(bucket, index, bucket.trainable.iter().map(|_| None).collect()).unwrap();
+            }
         }
     }
     gradients.finish(mesh.lanes).unwrap();
@@ -220,6 +229,7 @@ fn state_buffers_traffic_and_snapshots_are_those_of_the_estimate_on_every_number
             all.push(format!("train.sharding={sharding}"));
             all.extend(group.map(|ranks| format!("train.sharding_ranks={ranks}")));
             all.extend((number % 3 > 0).then(|| "collective.node_ranks=2".to_owned()));
+            all.push(format!("train.activation_checkpointing={}", number % 3));
             let ways: [&[&str]; 3] = [&[], &["reduction=fast"], &["reduction=fast", "reduction_dtype=bf16"]];
             all.extend(ways[(number + sharding) % 3].iter().map(|text| text.to_string()));
             let config = config(&all.iter().map(String::as_str).collect::<Vec<_>>());

@@ -32,6 +32,7 @@ pub mod stepper;
 pub mod stop;
 pub mod tape;
 pub mod tree;
+pub mod turns;
 pub mod validation;
 pub mod weights;
 pub mod wire;

@@ -3,6 +3,7 @@
 use super::divergence::Counts;
 use super::stepper::{AHEAD_LAG, StepError, StepReport, Stepper, goes_ahead};
 use super::tape::{Backward, Tape};
+use super::turns::Turn;
 use crate::ffi;
 use crate::model::Flow;
 use configs::phases::{self, Phase};
@@ -106,12 +107,12 @@ impl Stepper {
     /// Runs the chain; each segment waits for its weights.
     fn forward(&mut self, step: u64, input: Flow) -> Result<Tape, StepError> {
         let _forward = span(Compute, "forward", None);
-        let mut tape = Tape::new(&*self.model, input, self.experiment.recompute_every);
+        let mut tape = Tape::new(input);
         for index in 0..self.buckets.0.len() {
             let whole = self.weights.acquire(&self.buckets.0, index);
             self.weights_of(step, "forward", whole)?;
             let _segment = span(Compute, "forward of segment", index as u64);
-            tape.forward(&*self.model.segments()[index], &self.buckets.0[index].weights);
+            tape.forward(&*self.model.segments()[index], &self.buckets.0[index].weights, self.turns.keeps[index]);
             let released = self.weights.release(&self.buckets.0, index);
             self.weights_of(step, "forward", released)?;
         }
@@ -121,15 +122,24 @@ impl Stepper {
     /// Runs the chain backwards; gradients travel while the next segment computes, and so do new weights if any are to go `ahead`.
     fn backward(&mut self, step: u64, mut pass: Backward, counts: Counts, ahead: bool) -> Result<(), StepError> {
         let _backward = phase(Phase::Backward, "backward", None);
-        for index in (0..self.buckets.0.len()).rev() {
+        let turns = self.turns.clone();
+        for turn in &turns.backward {
+            let index = turn.segment();
             let whole = self.weights.acquire(&self.buckets.0, index);
             self.weights_of(step, "backward", whole)?;
             let _segment = span(Compute, "backward of segment", index as u64);
-            let bucket = &self.buckets.0[index];
-            let grads = pass.segment(&*self.model.segments()[index], &bucket.weights, &bucket.trainable);
-            let grads = counts.weigh(self.torch(step, "backward", grads)?);
+            let (segment, bucket) = (&*self.model.segments()[index], &self.buckets.0[index]);
+            let grads = match turn {
+                Turn::Again(_) => {
+                    pass.again(index, segment, &bucket.weights);
+                    None
+                }
+                Turn::Backward(_) => Some(pass.segment(segment, &bucket.weights, &bucket.trainable)),
+            };
             let released = self.weights.release(&self.buckets.0, index);
             self.weights_of(step, "backward", released)?;
+            let Some(grads) = grads else { continue };
+            let grads = counts.weigh(self.torch(step, "backward", grads)?);
             let pushed = self.gradients.push(&self.buckets.0[index], index, grads);
             self.wire(step, "reduce", pushed)?;
             let before = index + AHEAD_LAG;

@@ -8,6 +8,7 @@ use super::mesh::Mesh;
 use super::optimizer::Optimizer;
 use super::ranks::Ranks;
 use super::tree::sum_lanes;
+use super::turns::Turns;
 use super::weights::{self, WeightSource, WeightsError};
 use super::wire::{Summation, WireTime};
 use crate::diffusion::{LossTerms, Objective};
@@ -49,7 +50,7 @@ pub struct Experiment {
     pub device: Device,
     /// How the ranks' sums of gradients become one.
     pub summation: Summation,
-    /// See [`super::tape::Tape::new`].
+    /// See [`Turns::new`].
     pub recompute_every: usize,
 }
 
@@ -100,6 +101,7 @@ pub struct Stepper {
     pub(super) experiment: Experiment,
     pub(super) gradients: Box<dyn GradientSum>,
     pub(super) weights: Box<dyn WeightSource>,
+    pub(super) turns: Arc<Turns>,
     pub(super) ranks: Arc<Ranks>,
 }
 
@@ -160,10 +162,12 @@ impl Stepper {
         collective: Arc<dyn Collective>,
         experiment: Experiment,
     ) -> Result<Self, CollectiveError> {
+        let turns = Arc::new(Turns::new(&*model, experiment.recompute_every));
         let ranks = Arc::new(Ranks::connect(collective.clone(), experiment.mesh, experiment.summation)?);
         Ok(Self {
             gradients: gradients::sum(ranks.clone(), &buckets.0),
-            weights: weights::source(ranks.clone(), buckets.0.len()),
+            weights: weights::source(ranks.clone(), &turns),
+            turns,
             model,
             objective,
             buckets,

@@ -1,21 +1,20 @@
 //! Forward and backward through the chain of segments, one segment's graph at a time.
 
+use super::turns::Keep;
 use crate::ffi::{self, TorchError};
-use crate::model::{Flow, Model, Segment, Weights, no_probe};
+use crate::model::{Flow, Segment, Weights, no_probe};
 use tch::Tensor;
 
 /// The inputs and outputs of every segment of one forward pass; each output's graph ends at its own inputs.
 pub struct Tape {
     records: Vec<Record>,
-    /// Of so many segments one keeps no graph; 0: every segment keeps its own.
-    recompute_every: usize,
 }
 
 struct Record {
     input: Flow,
     output: Flow,
-    /// The output has no graph: backward runs the segment again.
-    recompute: bool,
+    /// Unless these are its activations, the output has no graph.
+    keep: Keep,
 }
 
 /// The gradients that flow from segment to segment while a tape is run backwards.
@@ -26,33 +25,27 @@ pub struct Backward {
 }
 
 impl Tape {
-    /// Starts a tape with the flow into the first segment. Of every `recompute_every` segments (0: never) the last keeps
-    /// its input only, and computes its activations anew in backward.
-    pub fn new(model: &dyn Model, input: Flow, recompute_every: usize) -> Self {
-        let mut records = Vec::with_capacity(model.segments().len() + 1);
-        records.push(Record { input: Flow::default(), output: input, recompute: false });
-        Self { records, recompute_every }
+    /// Starts a tape with the flow into the first segment.
+    pub fn new(input: Flow) -> Self {
+        Self { records: vec![Record { input: Flow::default(), output: input, keep: Keep::Activations }] }
     }
 
     /// Runs the next segment.
-    pub fn forward(&mut self, segment: &dyn Segment, weights: &Weights) {
-        let Some(previous) = self.records.last() else { return };
-        // What depends on no trainable parameter (the data, and what frozen segments make of them) needs no gradient.
-        let leaf = |tensor: &Tensor| tensor.detach().set_requires_grad(tensor.requires_grad());
+    pub fn forward(&mut self, segment: &dyn Segment, weights: &Weights, keep: Keep) {
+        let Some(previous) = self.records.last_mut() else { return };
         let context =
             if previous.output.context.is_empty() { &previous.input.context } else { &previous.output.context };
-        let input = Flow {
-            state: previous.output.state.iter().map(leaf).collect(),
-            context: context.iter().map(leaf).collect(),
-        };
+        let mut input = Flow { state: leaves(&previous.output.state), context: leaves(context) };
         let mut output = segment.forward(weights, &input, &mut no_probe);
-        let recompute = self.recompute_every > 0 && self.records.len().is_multiple_of(self.recompute_every);
-        if recompute {
+        if keep != Keep::Activations {
             // The graph was needed only to learn what depends on a trainable parameter.
-            let state = output.state.iter().map(leaf).collect();
-            output = Flow { state, context: output.context.iter().map(leaf).collect() };
+            output = Flow { state: leaves(&output.state), context: leaves(&output.context) };
         }
-        self.records.push(Record { input, output, recompute });
+        if keep == Keep::Nothing {
+            input.state.clear();
+            previous.output.state.clear();
+        }
+        self.records.push(Record { input, output, keep });
     }
 
     /// The chain's output as a leaf of the loss's graph.
@@ -67,7 +60,34 @@ impl Tape {
     }
 }
 
+/// Tensors without their graphs. What depends on no trainable parameter (the data, and what frozen segments make of them) needs no
+/// gradient.
+fn leaves(tensors: &[Tensor]) -> Vec<Tensor> {
+    tensors.iter().map(|tensor| tensor.detach().set_requires_grad(tensor.requires_grad())).collect()
+}
+
+impl Record {
+    fn needs_gradient(&self) -> bool {
+        self.output.state.iter().chain(&self.output.context).any(Tensor::requires_grad)
+    }
+}
+
 impl Backward {
+    /// Makes the graph of segment `index`, which is `segment` with the `weights` of the forward pass, and with it the input of the next
+    /// one, as [`super::turns::Turn::Again`] asks for.
+    pub fn again(&mut self, index: usize, segment: &dyn Segment, weights: &Weights) {
+        // The first record is what comes into the chain.
+        let of_unit = &mut self.records[index + 1..];
+        if !of_unit.iter().any(Record::needs_gradient) {
+            return;
+        }
+        if let [record, next, ..] = of_unit {
+            record.output = segment.forward(weights, &record.input, &mut no_probe);
+            record.keep = Keep::Activations;
+            next.input.state = leaves(&record.output.state);
+        }
+    }
+
     /// Runs the last segment not yet run backwards and frees its graph; it is `segment`, has the `weights` of the forward
     /// pass, and of these `parameters` are the trainable ones. Gives their gradients (`None` where one takes no part).
     ///
@@ -79,10 +99,12 @@ impl Backward {
         weights: &Weights,
         parameters: &[Tensor],
     ) -> Result<Vec<Option<Tensor>>, TorchError> {
-        let Some(Record { input, mut output, recompute }) = self.records.pop() else { return Ok(Vec::new()) };
-        if recompute && output.state.iter().chain(&output.context).any(Tensor::requires_grad) {
-            output = segment.forward(weights, &input, &mut no_probe);
-        }
+        let Some(record) = self.records.pop() else { return Ok(Vec::new()) };
+        let output = match record.keep != Keep::Activations && record.needs_gradient() {
+            true => segment.forward(weights, &record.input, &mut no_probe),
+            false => record.output,
+        };
+        let input = record.input;
         // Gradients are held for those tensors between two segments that need one, see [`Tape::forward`].
         let needing = |tensors: &[Tensor]| -> Vec<Tensor> {
             tensors.iter().filter(|tensor| tensor.requires_grad()).map(Tensor::shallow_clone).collect()
@@ -123,6 +145,7 @@ mod tests {
     use super::*;
     use crate::engine::bucket::Buckets;
     use crate::engine::mesh::Mesh;
+    use crate::engine::turns::{Turn, Turns};
     use crate::model::freeze::freeze;
     use crate::model::testing::tiny_dit;
     use crate::model::{Init, initial_values};
@@ -142,18 +165,31 @@ mod tests {
         let buckets = Buckets::initialise(&*model, &Mesh::alone(1).unwrap(), 0, 0, &given, Device::Cpu).unwrap();
         let x = Tensor::arange(2 * 4 * 64, (Kind::Float, Device::Cpu)).sin().view([2, 4, 8, 8]);
         let (t, y) = (Tensor::from_slice(&[3f32, 700.0]), Tensor::from_slice(&[1i64, 7]));
-        let mut tape = Tape::new(&*model, model.input(&x, &t, &y), recompute_every);
-        for (segment, bucket) in model.segments().iter().zip(&buckets.0) {
-            tape.forward(&**segment, &bucket.weights);
+        let turns = Turns::new(&*model, recompute_every);
+        let mut tape = Tape::new(model.input(&x, &t, &y));
+        let mut needed = Vec::new();
+        for (index, segment) in model.segments().iter().enumerate() {
+            tape.forward(&**segment, &buckets.0[index].weights, turns.keeps[index]);
+            needed.push(tape.records[index + 1].output.state[0].requires_grad());
         }
-        let needed = tape.records[1..].iter().map(|record| record.output.state[0].requires_grad()).collect();
+        for (record, next) in tape.records[1..].iter().zip(&tape.records[2..]) {
+            assert_eq!(record.output.state.is_empty(), next.keep == Keep::Nothing);
+            assert_eq!(next.input.state.is_empty(), next.keep == Keep::Nothing);
+        }
         let grad = tape.output().cos().detach();
         let mut backward = tape.into_backward(grad);
         let mut gradients = BTreeMap::new();
-        for (segment, bucket) in model.segments().iter().zip(&buckets.0).rev() {
-            let names = bucket.layout.entries.iter().filter(|entry| entry.spec.trainable).map(|entry| &entry.name);
-            let grads = backward.segment(&**segment, &bucket.weights, &bucket.trainable).unwrap();
-            gradients.extend(names.cloned().zip(grads.into_iter().map(|grad| grad.unwrap())));
+        for turn in turns.backward {
+            let (segment, bucket) = (&model.segments()[turn.segment()], &buckets.0[turn.segment()]);
+            match turn {
+                Turn::Again(index) => backward.again(index, &**segment, &bucket.weights),
+                Turn::Backward(_) => {
+                    let trained = bucket.layout.entries.iter().filter(|entry| entry.spec.trainable);
+                    let grads = backward.segment(&**segment, &bucket.weights, &bucket.trainable).unwrap();
+                    gradients
+                        .extend(trained.map(|entry| entry.name.clone()).zip(grads.into_iter().map(Option::unwrap)));
+                }
+            }
         }
         (gradients, needed)
     }
@@ -163,13 +199,14 @@ mod tests {
         let (all, _) = gradients(&[], 0);
         let embedders = ["x_embedder.*", "t_embedder.*", "y_embedder.*"];
         for (frozen, needed) in [
-            (vec!["blocks.0.*"], [true; 4]),
-            (vec!["x_embedder.*"], [false, true, true, true]),
-            (embedders.to_vec(), [false, true, true, true]),
-            ([&embedders[..], &["blocks.0.*"]].concat(), [false, false, true, true]),
-            ([&embedders[..], &["blocks.*", "final_layer.adaLN*"]].concat(), [false, false, false, true]),
-            (vec!["final_layer.*"], [true; 4]),
-            (vec!["*"], [false; 4]),
+            (vec!["blocks.0.*"], [true; 6]),
+            (vec!["x_embedder.*"], [false, true, true, true, true, true]),
+            (embedders.to_vec(), [false, true, true, true, true, true]),
+            ([&embedders[..], &["blocks.0.*"]].concat(), [false, false, false, true, true, true]),
+            ([&embedders[..], &["blocks.0.attn.*"]].concat(), [false, true, true, true, true, true]),
+            ([&embedders[..], &["blocks.*", "final_layer.adaLN*"]].concat(), [false, false, false, false, false, true]),
+            (vec!["final_layer.*"], [true; 6]),
+            (vec!["*"], [false; 6]),
         ] {
             for recompute_every in 0..=3 {
                 let case = format!("without {frozen:?}, recomputing every {recompute_every}");

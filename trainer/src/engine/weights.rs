@@ -2,12 +2,13 @@
 
 use super::bucket::{Bucket, slice};
 use super::ranks::Ranks;
+use super::turns::Turns;
 use crate::ffi::{TorchError, region};
 use collective::{CollectiveError, Pending};
 use std::sync::Arc;
 
 /// Sees to it that the weights of a bucket are whole on this rank while its segment computes. All ranks make the same calls
-/// in the same order: the chain forwards, then backwards, lane by lane, then one update.
+/// in the same order: that of [`Turns::uses`], lane by lane, then one update.
 pub trait WeightSource {
     /// Waits until the weights of bucket `index` are whole.
     ///
@@ -46,10 +47,14 @@ pub enum WeightsError {
 }
 
 /// The source for these ranks.
-pub fn source(ranks: Arc<Ranks>, buckets: usize) -> Box<dyn WeightSource> {
+pub fn source(ranks: Arc<Ranks>, turns: &Turns) -> Box<dyn WeightSource> {
+    let buckets = 0..turns.keeps.len();
     match ranks.mesh.shares_out_weights() {
-        true => Box::new(OnDemand { ranks, buckets: (0..buckets).map(|_| Presence::Absent).collect(), uses: 0 }),
-        false => Box::new(Resident { ranks, gathers: (0..buckets).map(|_| Gather::Done).collect() }),
+        true => {
+            let buckets = buckets.map(|_| Presence::Absent).collect();
+            Box::new(OnDemand { ranks, buckets, order: turns.uses(), uses: 0 })
+        }
+        false => Box::new(Resident { ranks, gathers: buckets.map(|_| Gather::Done).collect() }),
     }
 }
 
@@ -120,12 +125,14 @@ impl WeightSource for Resident {
     }
 }
 
-/// A rank keeps its part. The weights of a segment are gathered one segment ahead of their use and let go after it, unless the
-/// same segment is the next one: at the end of the chain and at its beginning.
+/// A rank keeps its part. The weights of a segment are gathered one turn ahead of their use and let go after it, unless they are used
+/// again in one of the two turns that follow: at the end of the chain and at its beginning, and by half a block that is computed again.
 struct OnDemand {
     ranks: Arc<Ranks>,
     buckets: Vec<Presence>,
-    /// Segments that have computed since the last update.
+    /// Which segments compute in a micro-batch, one after the other.
+    order: Vec<usize>,
+    /// How many have computed since the last update.
     uses: usize,
 }
 
@@ -136,10 +143,9 @@ enum Presence {
 }
 
 impl OnDemand {
-    /// The segment of a use: the chain forwards, backwards, and again.
+    /// The segment of a use; a micro-batch follows another.
     fn segment_of(&self, uses: usize) -> usize {
-        let (segments, at) = (self.buckets.len(), uses % (2 * self.buckets.len()));
-        if at < segments { at } else { 2 * segments - 1 - at }
+        self.order[uses % self.order.len()]
     }
 
     fn gather(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {
@@ -163,7 +169,7 @@ impl OnDemand {
 
 impl WeightSource for OnDemand {
     fn acquire(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {
-        assert_eq!(index, self.segment_of(self.uses), "the chain runs forwards, then backwards");
+        assert_eq!(index, self.segment_of(self.uses), "segments compute in their order");
         self.gather(buckets, index)?;
         if let Presence::Coming(gather) = std::mem::replace(&mut self.buckets[index], Presence::Here) {
             self.ranks.finish(Some(gather), "gather", index)?;
@@ -174,7 +180,8 @@ impl WeightSource for OnDemand {
 
     fn release(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {
         self.uses += 1;
-        if self.segment_of(self.uses) == index { Ok(()) } else { self.let_go(buckets, index) }
+        let soon = (self.uses..self.uses + 2).any(|uses| self.segment_of(uses) == index);
+        if soon { Ok(()) } else { self.let_go(buckets, index) }
     }
 
     fn publish(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {

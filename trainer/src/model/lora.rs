@@ -133,10 +133,9 @@ impl Segment for Adapted {
             let adapter = self.adapted.contains(&spec.name).then(|| {
                 let (outputs, inputs) = (spec.shape[0], spec.shape[1]);
                 let uniform = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
-                [
-                    ParamSpec::new(&adapter_name(&spec.name, A), &[self.rank, inputs], uniform),
-                    ParamSpec::new(&adapter_name(&spec.name, B), &[outputs, self.rank], Init::Zeros),
-                ]
+                let a = ParamSpec::new(&adapter_name(&spec.name, A), &[self.rank, inputs], uniform);
+                let b = ParamSpec::new(&adapter_name(&spec.name, B), &[outputs, self.rank], Init::Zeros);
+                [a, b].map(|adapter| ParamSpec { last_of_prefix: spec.last_of_prefix, ..adapter })
             });
             params.push(spec);
             params.extend(adapter.into_iter().flatten());

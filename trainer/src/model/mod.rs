@@ -32,11 +32,13 @@ pub struct ParamSpec {
     pub init: Init,
     /// Whether the optimizer changes it. Frozen parameters are in checkpoints and in the EMA all the same.
     pub trainable: bool,
+    /// Whether the official state dict has it behind the other parameters with its segment's prefix, those of later segments included.
+    pub last_of_prefix: bool,
 }
 
 impl ParamSpec {
     fn new(name: &str, shape: &[i64], init: Init) -> Self {
-        Self { name: name.to_owned(), shape: shape.to_vec(), init, trainable: true }
+        Self { name: name.to_owned(), shape: shape.to_vec(), init, trainable: true, last_of_prefix: false }
     }
 
     /// Elements.
@@ -95,9 +97,9 @@ pub fn no_probe(_: &str, _: &Tensor) {}
 
 /// A piece of a model with parameters of its own.
 pub trait Segment: Send + Sync {
-    /// What precedes its parameter names in the state dict, for example `blocks.3.`.
+    /// What precedes its parameter names in the state dict, for example `blocks.3.`; segments that follow each other may share it.
     fn prefix(&self) -> &str;
-    /// Its parameters, in the order of the official state dict.
+    /// Its parameters, in the order of the official state dict but for [`ParamSpec::last_of_prefix`].
     fn params(&self) -> Vec<ParamSpec>;
     /// Computes the next flow; see [`Flow::context`] for what an empty context means.
     fn forward(&self, weights: &Weights, input: &Flow, probe: Probe) -> Flow;
@@ -129,12 +131,14 @@ pub trait Model: Send + Sync {
         self.segments().iter().flat_map(|segment| segment.params()).map(|param| param.numel()).sum()
     }
 
-    /// Full names of all parameters with their declarations.
+    /// Full names of all parameters with their declarations, in the order of the official state dict.
     fn named_params(&self) -> Vec<(String, ParamSpec)> {
         let mut named = Vec::new();
-        for segment in self.segments() {
-            let prefix = segment.prefix();
-            named.extend(segment.params().into_iter().map(|spec| (format!("{prefix}{}", spec.name), spec)));
+        for segments in self.segments().chunk_by(|a, b| a.prefix() == b.prefix()) {
+            let params = segments.iter().flat_map(|segment| segment.params());
+            let (last, first): (Vec<_>, Vec<_>) = params.partition(|spec| spec.last_of_prefix);
+            let full_name = |spec: &ParamSpec| format!("{}{}", segments[0].prefix(), spec.name);
+            named.extend(first.into_iter().chain(last).map(|spec| (full_name(&spec), spec)));
         }
         named
     }

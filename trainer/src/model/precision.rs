@@ -42,6 +42,7 @@ mod tests {
     use crate::engine::bucket::Buckets;
     use crate::engine::mesh::Mesh;
     use crate::engine::tape::Tape;
+    use crate::engine::turns::{Turn, Turns};
     use crate::model::dit::{Conditioning, Dit};
     use crate::model::testing::tiny_dit;
     use std::collections::HashMap;
@@ -58,16 +59,23 @@ mod tests {
         let buckets = Buckets::initialise(model, &Mesh::alone(1).unwrap(), 0, 0, &given, Device::Cpu).unwrap();
         let x = Tensor::arange(2 * 4 * 64, (Kind::Float, Device::Cpu)).sin().view([2, 4, 8, 8]);
         let (t, y) = (Tensor::from_slice(&[3f32, 700.0]), Tensor::from_slice(&[1i64, 7]));
-        let mut tape = Tape::new(model, model.input(&x, &t, &y), 2);
-        for (segment, bucket) in model.segments().iter().zip(&buckets.0) {
-            tape.forward(&**segment, &bucket.weights);
+        let turns = Turns::new(model, 2);
+        let mut tape = Tape::new(model.input(&x, &t, &y));
+        for (index, segment) in model.segments().iter().enumerate() {
+            tape.forward(&**segment, &buckets.0[index].weights, turns.keeps[index]);
         }
         let output = tape.output();
         let mut all = vec![output.detach()];
         let mut backward = tape.into_backward(output.cos().detach());
-        for (segment, bucket) in model.segments().iter().zip(&buckets.0).rev() {
-            let grads = backward.segment(&**segment, &bucket.weights, &bucket.trainable).unwrap();
-            all.extend(grads.into_iter().map(Option::unwrap));
+        for turn in turns.backward {
+            let (segment, bucket) = (&*model.segments()[turn.segment()], &buckets.0[turn.segment()]);
+            match turn {
+                Turn::Again(index) => backward.again(index, segment, &bucket.weights),
+                Turn::Backward(_) => {
+                    let grads = backward.segment(segment, &bucket.weights, &bucket.trainable).unwrap();
+                    all.extend(grads.into_iter().map(Option::unwrap));
+                }
+            }
         }
         all
     }

@@ -1,9 +1,11 @@
 //! adaLN: as adaLN-Zero without gates. The modulation starts like any other linear layer (the paper does not say).
 
-use super::adaln_zero::enter;
+use super::adaln_zero::{enter, last};
+use super::block::Half;
 use super::final_layer::{self, AdaLnFinal};
 use super::layers::{
-    apply_linear, attention_and_mlp, attention_and_mlp_macs, layer_norm, linear, mlp, modulate, self_attention,
+    apply_linear, attention_and_mlp_macs, attention_params, layer_norm, linear, mlp, mlp_params, modulate,
+    self_attention,
 };
 use super::{Design, DitConfig};
 use crate::model::{Flow, Init, ParamSpec, Probe, Weights};
@@ -11,8 +13,8 @@ use tch::Tensor;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    block_params,
-    block,
+    attention: Half { params: attention_half_params, forward: attention_half },
+    mlp: Half { params: mlp_params, forward: mlp_half },
     final_layer: |config| {
         let d = config.hidden_size;
         Box::new(AdaLnFinal { config, modulation: Init::XavierUniform { fan_in: d, fan_out: 2 * d } })
@@ -24,21 +26,31 @@ pub(super) const DESIGN: Design = Design {
     final_macs: |c| final_layer::macs(c) + 2 * c.hidden_size * c.hidden_size,
 };
 
-fn block_params(config: &DitConfig) -> Vec<ParamSpec> {
+fn attention_half_params(config: &DitConfig) -> Vec<ParamSpec> {
     let d = config.hidden_size;
-    attention_and_mlp(config).into_iter().chain(linear("adaLN_modulation.1", 4 * d, d)).collect()
+    attention_params(config).into_iter().chain(linear("adaLN_modulation.1", 4 * d, d).map(last)).collect()
 }
 
-/// x += attention(modulate(norm x)); x += mlp(modulate(norm x)).
-fn block(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Tensor {
+/// x += attention(modulate(norm x)), and the MLP's part of the modulation.
+fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
     let (x, condition) = (&input.state[0], &input.context[0]); // [N, T, D], [N, D]
     let ada = apply_linear(w, "adaLN_modulation.1", &condition.silu()); // [N, 4D]
     see("ada", &ada);
-    let chunks = ada.chunk(4, -1);
-    let [shift_msa, scale_msa, shift_mlp, scale_mlp] = &chunks[..] else { panic!("chunk(4) gives four tensors") };
+    let halves = ada.chunk(2, -1);
     let norm1 = layer_norm(x);
     see("norm1", &norm1);
-    let x = x + self_attention(w, config.num_heads, &modulate(&norm1, shift_msa, scale_msa), see);
-    let mlp = mlp(w, &modulate(&layer_norm(&x), shift_mlp, scale_mlp), see);
-    x + mlp
+    let x = x + self_attention(w, config.num_heads, &shifted_and_scaled(&norm1, &halves[0]), see);
+    vec![x, halves[1].shallow_clone()] // [N, T, D], [N, 2D]
+}
+
+/// x += mlp(modulate(norm x)).
+fn mlp_half(_: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
+    let [x, modulation] = &input.state[..] else { panic!("an MLP's half takes tokens and modulation") };
+    vec![x + mlp(w, &shifted_and_scaled(&layer_norm(x), modulation), see)]
+}
+
+/// `x` modulated by [N, 2D].
+fn shifted_and_scaled(x: &Tensor, modulation: &Tensor) -> Tensor {
+    let chunks = modulation.chunk(2, -1);
+    modulate(x, &chunks[0], &chunks[1])
 }

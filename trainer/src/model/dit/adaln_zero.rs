@@ -1,11 +1,12 @@
 //! adaLN-Zero, the official design: shift, scale and gate of both branches come from the conditioning vector, and all
 //! are zero at first, so that every block begins as the identity.
 
+use super::block::Half;
 use super::embedders::Embedded;
 use super::final_layer::{self, AdaLnFinal};
 use super::layers::{
-    apply_linear, attention_and_mlp, attention_and_mlp_macs, layer_norm, layer_norm_eps, linear_from, mlp, modulate,
-    self_attention,
+    apply_linear, attention_and_mlp_macs, attention_params, layer_norm, layer_norm_eps, linear_from, mlp, mlp_params,
+    modulate, self_attention,
 };
 use super::{Design, DitConfig};
 use crate::model::{Flow, Init, ParamSpec, Probe, Weights};
@@ -13,8 +14,8 @@ use tch::Tensor;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    block_params,
-    block,
+    attention: Half { params: attention_half_params, forward: attention_half },
+    mlp: Half { params: mlp_params, forward: mlp_half },
     final_layer: |config| Box::new(AdaLnFinal { config, modulation: Init::Zeros }),
     block_macs: |c| {
         let (d, tokens) = (c.hidden_size, c.tokens());
@@ -31,26 +32,41 @@ pub(super) fn enter(embedded: Embedded, probe: Probe) -> Flow {
     Flow { state: vec![tokens], context: vec![condition] }
 }
 
-fn block_params(config: &DitConfig) -> Vec<ParamSpec> {
-    let d = config.hidden_size;
-    let modulation = linear_from("adaLN_modulation.1", 6 * d, d, Init::Zeros);
-    attention_and_mlp(config).into_iter().chain(modulation).collect()
+/// The official block declares the modulation last, though its first half computes it.
+pub(super) fn last(modulation: ParamSpec) -> ParamSpec {
+    ParamSpec { last_of_prefix: true, ..modulation }
 }
 
-/// x += gate·attention(modulate(norm x)); x += gate·mlp(modulate(norm x)).
-fn block(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Tensor {
+fn attention_half_params(config: &DitConfig) -> Vec<ParamSpec> {
+    let d = config.hidden_size;
+    let modulation = linear_from("adaLN_modulation.1", 6 * d, d, Init::Zeros);
+    attention_params(config).into_iter().chain(modulation.map(last)).collect()
+}
+
+/// x += gate·attention(modulate(norm x)), and the MLP's part of the modulation.
+fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
     let (x, condition) = (&input.state[0], &input.context[0]); // [N, T, D], [N, D]
     let ada = apply_linear(w, "adaLN_modulation.1", &condition.silu()); // [N, 6D]
     see("ada", &ada);
-    let chunks = ada.chunk(6, -1);
-    let [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp] = &chunks[..] else {
-        panic!("chunk(6) gives six tensors")
-    };
+    let halves = ada.chunk(2, -1);
+    let [shift, scale, gate] = shift_scale_gate(&halves[0]);
     let norm1 = layer_norm(x);
     see("norm1", &norm1);
-    let attention = self_attention(w, config.num_heads, &modulate(&norm1, shift_msa, scale_msa), see);
-    let x = x + gate_msa.unsqueeze(1) * attention;
-    let norm2 = layer_norm_eps(&x, config.numerics.mlp_norm_eps);
-    let mlp = mlp(w, &modulate(&norm2, shift_mlp, scale_mlp), see);
-    x + gate_mlp.unsqueeze(1) * mlp
+    let attention = self_attention(w, config.num_heads, &modulate(&norm1, &shift, &scale), see);
+    vec![x + gate.unsqueeze(1) * attention, halves[1].shallow_clone()] // [N, T, D], [N, 3D]
+}
+
+/// x += gate·mlp(modulate(norm x)).
+fn mlp_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
+    let [x, modulation] = &input.state[..] else { panic!("an MLP's half takes tokens and modulation") };
+    let [shift, scale, gate] = shift_scale_gate(modulation);
+    let norm2 = layer_norm_eps(x, config.numerics.mlp_norm_eps);
+    let mlp = mlp(w, &modulate(&norm2, &shift, &scale), see);
+    vec![x + gate.unsqueeze(1) * mlp]
+}
+
+/// [N, 3D] → three of [N, D].
+fn shift_scale_gate(modulation: &Tensor) -> [Tensor; 3] {
+    let width = modulation.size()[1] / 3;
+    std::array::from_fn(|part| modulation.narrow(1, part as i64 * width, width))
 }

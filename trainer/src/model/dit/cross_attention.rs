@@ -1,10 +1,12 @@
 //! Cross-attention conditioning: the embeddings of time and label are a context of two tokens, to which a third branch
 //! of each block attends, between self-attention and MLP.
 
+use super::block::Half;
 use super::embedders::Embedded;
 use super::final_layer::{self, AffineFinal};
 use super::layers::{
-    affine_norm, apply_norm, attention_and_mlp, attention_and_mlp_macs, cross_attention, linear, mlp, self_attention,
+    affine_norm, apply_norm, attention_and_mlp_macs, attention_params, cross_attention, linear, mlp, mlp_params,
+    self_attention,
 };
 use super::{Design, DitConfig};
 use crate::model::{Flow, ParamSpec, Probe, Weights};
@@ -15,8 +17,8 @@ const CONTEXT_TOKENS: i64 = 2;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    block_params,
-    block,
+    attention: Half { params: attention_half_params, forward: attention_half },
+    mlp: Half { params: mlp_half_params, forward: mlp_half },
     final_layer: |config| Box::new(AffineFinal { config }),
     block_macs: |c| {
         let (d, tokens) = (c.hidden_size, c.tokens());
@@ -31,28 +33,36 @@ fn enter(embedded: Embedded, _: Probe) -> Flow {
     Flow { state: vec![tokens], context: vec![Tensor::stack(&[t_emb, y_emb], 1)] } // [N, T, D], [N, 2, D]
 }
 
-fn block_params(config: &DitConfig) -> Vec<ParamSpec> {
+fn attention_half_params(config: &DitConfig) -> Vec<ParamSpec> {
     let d = config.hidden_size;
     let groups = [
         affine_norm("norm1", d),
         affine_norm("norm_cross", d),
-        affine_norm("norm2", d),
         linear("cross_attn.q", d, d),
         linear("cross_attn.kv", 2 * d, d),
         linear("cross_attn.proj", d, d),
     ];
-    groups.into_iter().flatten().chain(attention_and_mlp(config)).collect()
+    groups.into_iter().flatten().chain(attention_params(config)).collect()
 }
 
-/// x += attention(norm x); x += cross_attention(norm x, context); x += mlp(norm x).
-fn block(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Tensor {
+/// x += attention(norm x); x += cross_attention(norm x, context).
+fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
     let (x, context) = (&input.state[0], &input.context[0]); // [N, T, D], [N, 2, D]
     let norm1 = apply_norm(w, "norm1", x);
     see("norm1", &norm1);
     let x = x + self_attention(w, config.num_heads, &norm1, see);
     let cross = cross_attention(w, config.num_heads, &apply_norm(w, "norm_cross", &x), context);
     see("cross_attn", &cross);
-    let x = x + cross;
-    let mlp = mlp(w, &apply_norm(w, "norm2", &x), see);
-    x + mlp
+    vec![x + cross]
+}
+
+/// The MLP with the norm before it, as the plain ViT has it.
+pub(super) fn mlp_half_params(config: &DitConfig) -> Vec<ParamSpec> {
+    affine_norm("norm2", config.hidden_size).into_iter().chain(mlp_params(config)).collect()
+}
+
+/// x += mlp(norm x).
+pub(super) fn mlp_half(_: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
+    let x = &input.state[0];
+    vec![x + mlp(w, &apply_norm(w, "norm2", x), see)]
 }

@@ -1,9 +1,11 @@
 //! In-context conditioning: the embeddings of time and label are two more tokens behind those of the image; the blocks
 //! are those of a plain ViT.
 
+use super::block::Half;
+use super::cross_attention::{mlp_half, mlp_half_params};
 use super::embedders::Embedded;
 use super::final_layer::{self, AffineFinal};
-use super::layers::{affine_norm, apply_norm, attention_and_mlp, attention_and_mlp_macs, mlp, self_attention};
+use super::layers::{affine_norm, apply_norm, attention_and_mlp_macs, attention_params, self_attention};
 use super::{Design, DitConfig};
 use crate::model::{Flow, ParamSpec, Probe, Weights};
 use tch::Tensor;
@@ -13,8 +15,8 @@ const EXTRA_TOKENS: i64 = 2;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    block_params,
-    block,
+    attention: Half { params: attention_half_params, forward: attention_half },
+    mlp: Half { params: mlp_half_params, forward: mlp_half },
     final_layer: |config| Box::new(AffineFinal { config }),
     block_macs: |c| {
         let tokens = c.tokens() + EXTRA_TOKENS;
@@ -29,18 +31,14 @@ fn enter(embedded: Embedded, _: Probe) -> Flow {
     Flow { state: vec![joined], context: Vec::new() }
 }
 
-fn block_params(config: &DitConfig) -> Vec<ParamSpec> {
-    let d = config.hidden_size;
-    let norms = [affine_norm("norm1", d), affine_norm("norm2", d)];
-    norms.into_iter().flatten().chain(attention_and_mlp(config)).collect()
+fn attention_half_params(config: &DitConfig) -> Vec<ParamSpec> {
+    affine_norm("norm1", config.hidden_size).into_iter().chain(attention_params(config)).collect()
 }
 
-/// x += attention(norm x); x += mlp(norm x).
-fn block(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Tensor {
+/// x += attention(norm x); the MLP's half is that of cross-attention.
+fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
     let x = &input.state[0]; // [N, T + 2, D]
     let norm1 = apply_norm(w, "norm1", x);
     see("norm1", &norm1);
-    let x = x + self_attention(w, config.num_heads, &norm1, see);
-    let mlp = mlp(w, &apply_norm(w, "norm2", &x), see);
-    x + mlp
+    vec![x + self_attention(w, config.num_heads, &norm1, see)]
 }

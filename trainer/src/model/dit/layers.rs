@@ -28,12 +28,16 @@ pub(super) fn affine_norm(name: &str, width: i64) -> [ParamSpec; 2] {
     ]
 }
 
-/// Parameters of the self-attention and the MLP that every block has.
-pub(super) fn attention_and_mlp(config: &DitConfig) -> Vec<ParamSpec> {
+/// Parameters of the self-attention that every block has.
+pub(super) fn attention_params(config: &DitConfig) -> Vec<ParamSpec> {
+    let d = config.hidden_size;
+    [linear("attn.qkv", 3 * d, d), linear("attn.proj", d, d)].into_iter().flatten().collect()
+}
+
+/// Parameters of the MLP that every block has.
+pub(super) fn mlp_params(config: &DitConfig) -> Vec<ParamSpec> {
     let (d, mlp) = (config.hidden_size, config.mlp_hidden());
-    let groups =
-        [linear("attn.qkv", 3 * d, d), linear("attn.proj", d, d), linear("mlp.fc1", mlp, d), linear("mlp.fc2", d, mlp)];
-    groups.into_iter().flatten().collect()
+    [linear("mlp.fc1", mlp, d), linear("mlp.fc2", d, mlp)].into_iter().flatten().collect()
 }
 
 /// Multiply-adds of self-attention and MLP over `tokens` tokens.

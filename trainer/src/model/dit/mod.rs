@@ -12,11 +12,11 @@ mod layers;
 mod numerics;
 pub mod refit;
 
-use super::{Flow, Model, ParamSpec, Probe, Segment, Weights};
+use super::{Flow, Model, Probe, Segment};
 pub use configs::Conditioning;
 pub use numerics::Numerics;
 
-use block::Block;
+use block::{Half, HalfBlock, Part};
 use embedders::{Embedded, Embedders};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -52,12 +52,11 @@ pub struct DitConfig {
     pub numerics: Numerics,
 }
 
-/// What makes a conditioning design: how the embedders' work enters the chain, its block and its final layer.
+/// What makes a conditioning design: how the embedders' work enters the chain, the halves of its block and its final layer.
 struct Design {
     enter: fn(Embedded, Probe) -> Flow,
-    block_params: fn(&DitConfig) -> Vec<ParamSpec>,
-    /// The tokens after a block, from those before it and the context of `enter`.
-    block: fn(&DitConfig, &Weights, &Flow, Probe) -> Tensor,
+    attention: Half,
+    mlp: Half,
     final_layer: fn(DitConfig) -> Box<dyn Segment>,
     block_macs: fn(&DitConfig) -> i64,
     final_macs: fn(&DitConfig) -> i64,
@@ -139,7 +138,7 @@ impl DitConfig {
 #[error("this DiT cannot be built: {0}")]
 pub struct DitConfigError(String);
 
-/// A DiT: embedders, `depth` blocks, final layer.
+/// A DiT: embedders, `depth` blocks of two segments each, final layer.
 pub struct Dit {
     config: DitConfig,
     segments: Vec<Box<dyn Segment>>,
@@ -157,8 +156,11 @@ impl Dit {
             return Err(DitConfigError(problems.join("; ")));
         }
         let mut segments: Vec<Box<dyn Segment>> = vec![Box::new(Embedders { config: config.clone() })];
-        let block = |index| Block { config: config.clone(), prefix: format!("blocks.{index}.") };
-        segments.extend((0..config.depth).map(|index| Box::new(block(index)) as Box<dyn Segment>));
+        for index in 0..config.depth {
+            for part in [Part::Attention, Part::Mlp] {
+                segments.push(Box::new(HalfBlock { config: config.clone(), prefix: format!("blocks.{index}."), part }));
+            }
+        }
         segments.push((config.design().final_layer)(config.clone()));
         let latent_shape = [config.in_channels, config.input_size, config.input_size];
         Ok(Self { config, segments, latent_shape })
