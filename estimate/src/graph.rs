@@ -26,6 +26,8 @@ pub struct SegmentCost {
     pub kept_bytes: f64,
     /// Its output, which is the next segment's input.
     pub output_bytes: f64,
+    /// Whether something up to here is trained.
+    pub requires_grad: bool,
     /// The most that its backward pass needs beside what was kept.
     pub backward_bytes: f64,
     /// Floating-point operations of products in float32 and in bfloat16, forward.
@@ -57,6 +59,8 @@ pub struct Inputs {
     pub context_requires_grad: bool,
     /// Whether the MLP's part of a block's modulation does.
     pub modulation_requires_grad: bool,
+    /// Whether the middle of the MLP does.
+    pub hidden_requires_grad: bool,
 }
 
 /// What `segment` takes for `micro_batch` samples, and whether its output needs a gradient.
@@ -83,9 +87,12 @@ pub fn segment_cost(
     let context_numel = graph.samples * d * context_tokens;
     let context = graph.leaf(context_numel, inputs.context_requires_grad);
     let tokens = graph.leaf(graph.samples * graph.tokens() * d, inputs.requires_grad);
-    // Of the MLP's branch alone; the half before has all of it.
+    // Of the MLP's branch alone; the part before has all of it.
     let modulation = graph.leaf(graph.samples * d * graph.modulated(), inputs.modulation_requires_grad);
+    let hidden = graph.samples * graph.tokens() * dims.mlp_hidden as f64;
+    let hidden = graph.fresh(hidden, if precision == Precision::Bf16 { 2.0 } else { 4.0 }, inputs.hidden_requires_grad);
     let mut next = inputs;
+    // What is given on beside the output.
     let mut beside = None;
     let output = match segment.role {
         Role::Embedders => {
@@ -98,26 +105,36 @@ pub fn segment_cost(
             output
         }
         Role::Attention => {
-            let (output, whole_modulation) = graph.attention_half(tokens, context);
+            let (output, whole_modulation) = graph.attention_part(tokens, context);
             beside = whole_modulation;
             next.modulation_requires_grad = beside.is_some_and(|modulation| modulation.requires_grad);
             output
         }
-        Role::Mlp => graph.mlp_half(tokens, modulation),
+        Role::Fc1 => {
+            let hidden = graph.fc1_part(tokens, modulation);
+            next.hidden_requires_grad = hidden.requires_grad;
+            beside = Some(hidden);
+            tokens
+        }
+        Role::Fc2 => graph.fc2_part(tokens, modulation, hidden),
         Role::Final => graph.final_layer(tokens, context),
     };
     next.requires_grad = output.requires_grad;
     // The inputs are the segment before's, the output is counted by itself.
-    for tensor in [tokens, context, modulation, output].into_iter().chain(beside) {
+    for tensor in [tokens, context, modulation, hidden, output].into_iter().chain(beside) {
         tensor.storage.map(|storage| graph.saved.remove(&storage));
     }
     let mut cost = graph.cost;
     cost.kept_bytes = graph.saved.values().sum::<f64>() + graph.small_bytes;
-    cost.output_bytes = output.storage_bytes + beside.map_or(0.0, |modulation| modulation.storage_bytes);
-    if segment.role == Role::Embedders {
-        cost.output_bytes += context_numel * 4.0;
-    }
-    if !output.requires_grad && !next.modulation_requires_grad {
+    cost.output_bytes = beside.map_or(0.0, |tensor| tensor.storage_bytes);
+    cost.output_bytes += match segment.role {
+        Role::Embedders => output.storage_bytes + context_numel * 4.0,
+        // The tokens are those that it was given.
+        Role::Fc1 => 0.0,
+        _ => output.storage_bytes,
+    };
+    cost.requires_grad = output.requires_grad || beside.is_some_and(|tensor| tensor.requires_grad);
+    if !cost.requires_grad {
         (cost.backward_bytes, cost.backward_flops) = (0.0, [0.0; 2]);
     }
     (cost, next)
@@ -292,18 +309,25 @@ impl Graph {
         self.cast(projected, 4.0)
     }
 
-    fn mlp(&mut self, x: Shadow) -> Shadow {
-        let hidden = self.rounded_linear("mlp.fc1", x);
-        let activated = self.activation(hidden);
-        let projected = self.rounded_linear("mlp.fc2", activated);
-        // At its fullest backward holds the gradients of output, of the MLP's middle and of one weight.
+    fn fc1(&mut self, x: Shadow) -> Shadow {
+        let product = self.rounded_linear("mlp.fc1", x);
+        let hidden = self.activation(product);
+        // At its fullest backward holds the gradients of the tokens, of the middle before the activation, and of the middle or the weight.
+        let gradient = 4.0 * self.param("mlp.fc1.weight").numel;
+        self.cost.backward_bytes = 4.0 * x.numel + product.storage_bytes + gradient.max(hidden.storage_bytes);
+        hidden
+    }
+
+    fn fc2(&mut self, hidden: Shadow) -> Shadow {
+        let projected = self.rounded_linear("mlp.fc2", hidden);
+        // Those of output, of the middle and of one weight.
         let gradient = 4.0 * self.param("mlp.fc2.weight").numel;
-        self.cost.backward_bytes = 4.0 * x.numel + activated.storage_bytes + gradient;
+        self.cost.backward_bytes = 4.0 * projected.numel + hidden.storage_bytes + gradient;
         self.cast(projected, 4.0)
     }
 
-    /// With the modulation that both halves take their parts of.
-    fn attention_half(&mut self, x: Shadow, context: Shadow) -> (Shadow, Option<Shadow>) {
+    /// With the modulation that both branches take their parts of.
+    fn attention_part(&mut self, x: Shadow, context: Shadow) -> (Shadow, Option<Shadow>) {
         let chunks = 2.0 * self.modulated();
         if chunks > 0.0 {
             let condition = self.activation(context);
@@ -329,18 +353,21 @@ impl Graph {
         (self.elementwise(&[x, cross]), None)
     }
 
-    /// `modulation`: of this branch alone.
-    fn mlp_half(&mut self, x: Shadow, modulation: Shadow) -> Shadow {
+    /// The middle of the MLP; `modulation`: of this branch alone.
+    fn fc1_part(&mut self, x: Shadow, modulation: Shadow) -> Shadow {
         let chunks = self.modulated();
-        let branch = if chunks > 0.0 {
+        let input = if chunks > 0.0 {
             let normed = self.norm(x, None);
-            let modulated = self.modulate(normed, modulation, chunks);
-            let mlp = self.mlp(modulated);
-            self.gate(mlp, modulation, chunks)
+            self.modulate(normed, modulation, chunks)
         } else {
-            let normed = self.norm(x, Some("norm2"));
-            self.mlp(normed)
+            self.norm(x, Some("norm2"))
         };
+        self.fc1(input)
+    }
+
+    fn fc2_part(&mut self, x: Shadow, modulation: Shadow, hidden: Shadow) -> Shadow {
+        let mlp = self.fc2(hidden);
+        let branch = self.gate(mlp, modulation, self.modulated());
         self.elementwise(&[x, branch])
     }
 

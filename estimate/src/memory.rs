@@ -1,5 +1,6 @@
 //! What a rank holds at its fullest, by category.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use configs::{Reduction, ReductionDtype, RunConfig};
@@ -122,26 +123,35 @@ impl Sizes {
         units
     }
 
-    /// The segments in the order in which a micro-batch computes them.
-    pub fn uses(&self, config: &RunConfig) -> Vec<usize> {
+    /// The segments in the order in which a micro-batch computes them, each with whether its weights stay for its next use.
+    pub fn uses(&self, config: &RunConfig) -> Vec<(usize, bool)> {
         let backward = |(unit, again): (Range<usize>, bool)| {
             let first = if again { unit.start..unit.end - 1 } else { 0..0 };
-            first.chain(unit.rev())
+            first.map(|index| (index, true)).chain(unit.rev().map(|index| (index, index == 0)))
         };
-        (0..self.segments.len()).chain(self.units(config).into_iter().rev().flat_map(backward)).collect()
+        let forwards = (0..self.segments.len()).map(|index| (index, index + 1 == self.segments.len()));
+        forwards.chain(self.units(config).into_iter().rev().flat_map(backward)).collect()
     }
 
-    /// Elements of the largest bucket.
-    fn largest(&self) -> usize {
-        self.buckets.iter().map(|bucket| bucket.numel).max().unwrap_or(0)
+    /// Elements of the largest buckets that lie beside each other, so many of them.
+    fn largest(&self, together: usize) -> usize {
+        let sums = self.buckets.windows(together.min(self.buckets.len()).max(1));
+        sums.map(|buckets| buckets.iter().map(|bucket| bucket.numel).sum()).max().unwrap_or(0)
     }
 
-    /// Elements of the two largest buckets that are used one after the other.
-    fn largest_pair(&self, config: &RunConfig) -> usize {
-        let numel = |index: usize| self.buckets[index].numel;
+    /// Elements of the buckets that are gathered at a time, at the most, where ranks share out weights: that of a turn, the next, and
+    /// what stays.
+    fn most_gathered(&self, config: &RunConfig) -> usize {
         let uses = self.uses(config);
-        let pairs = uses.iter().zip(&uses[1..]).filter(|(a, b)| a != b);
-        pairs.map(|(a, b)| numel(*a) + numel(*b)).max().unwrap_or(self.largest())
+        let (mut here, mut most) = (BTreeSet::new(), 0);
+        for (place, (index, stays)) in uses.iter().enumerate() {
+            here.extend([*index, uses[(place + 1) % uses.len()].0]);
+            most = most.max(here.iter().map(|index| self.buckets[*index].numel).sum());
+            if !stays {
+                here.remove(index);
+            }
+        }
+        most
     }
 
     /// Elements of the buffers in which sums over ranks come in, see `trainer/src/engine/reducer.rs`; bytes.
@@ -161,14 +171,18 @@ impl Sizes {
     /// What autograd and the tape hold at the beginning of the backward pass, or of that of the segment that needs most.
     pub fn activation_bytes(&self, config: &RunConfig) -> f64 {
         let (mut below, mut most) = (0.0f64, 0.0f64);
-        for (unit, again) in self.units(config) {
-            let (mut here, mut output) = (below, 0.0);
-            for cost in &self.costs[unit] {
-                here += cost.kept_bytes + cost.output_bytes;
-                output = cost.output_bytes;
+        let mut units = self.units(config).into_iter().peekable();
+        while let Some((unit, again)) = units.next() {
+            let mut here = below;
+            for index in unit.clone() {
+                let cost = &self.costs[index];
+                // An input is kept for a backward pass, or to compute again from.
+                let next = self.costs.get(index + 1).is_none_or(|next| next.requires_grad);
+                let input_of_unit = index + 1 == unit.end && units.peek().is_some_and(|(_, again)| *again);
+                here += cost.kept_bytes + if next || input_of_unit { cost.output_bytes } else { 0.0 };
                 most = most.max(here + cost.backward_bytes);
             }
-            below = if again { below + output } else { here };
+            below = if again { below + self.costs[unit.end - 1].output_bytes } else { here };
         }
         let latents = 4 * config.train.micro_batch * self.dims.in_channels * self.dims.input_size.pow(2);
         most + 5.0 * latents as f64
@@ -208,14 +222,14 @@ impl Sizes {
         let averages = 1 + config.ema.further_decays.len() + config.ema.power.len();
         let (numel, held) = (self.numel(), self.held());
         let is_rounded = config.reduction == Reduction::Fast && config.reduction_dtype == ReductionDtype::Bf16;
-        let weights = if groups.shares_out_weights() { held + self.largest_pair(config) } else { numel };
+        let weights = if groups.shares_out_weights() { held + self.most_gathered(config) } else { numel };
         let part = self.part();
         let sums = groups.sum_buffers(config.reduction) * if groups.shares_out_gradients() { part } else { numel };
         // A segment's gradients, before they are added to the sums.
-        let gradients = 4 * (sums + self.largest()) + if is_rounded && world_size > 1 { 4 * held } else { 0 };
+        let gradients = 4 * (sums + self.largest(1)) + if is_rounded && world_size > 1 { 4 * held } else { 0 };
         let on_the_way = match groups.shares_out_gradients() {
-            true => 2 * 2 * 4 * self.largest(),
-            false if is_rounded && world_size > 1 => 2 * self.largest_pair(config),
+            true => 2 * 2 * 4 * self.largest(1),
+            false if is_rounded && world_size > 1 => 2 * self.largest(2),
             false => 0,
         };
         let latent = self.dims.in_channels * self.dims.input_size.pow(2);

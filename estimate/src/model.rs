@@ -102,10 +102,12 @@ impl Param {
 pub enum Role {
     /// Latents, time and label to tokens.
     Embedders,
-    /// The first half of a transformer block: all that comes before the MLP's branch.
+    /// The first part of a transformer block: all that comes before the MLP's branch.
     Attention,
-    /// The second half.
-    Mlp,
+    /// From the tokens to the middle of its MLP.
+    Fc1,
+    /// From there to the tokens.
+    Fc2,
     /// Tokens to the prediction.
     Final,
 }
@@ -163,9 +165,9 @@ fn attention(dims: &Dims) -> Shapes {
     }
 }
 
-fn mlp(dims: &Dims) -> Shapes {
-    let (d, hidden) = (dims.hidden_size, dims.mlp_hidden);
-    let own = [linear("mlp.fc1", hidden, d), linear("mlp.fc2", d, hidden)].concat();
+fn fc1(dims: &Dims) -> Shapes {
+    let d = dims.hidden_size;
+    let own = linear("mlp.fc1", dims.mlp_hidden, d);
     match dims.conditioning {
         Conditioning::AdaLnZero | Conditioning::AdaLn => own,
         Conditioning::InContext | Conditioning::CrossAttention => [norm("norm2", d), own].concat(),
@@ -213,7 +215,8 @@ pub fn segments(config: &RunConfig, dims: &Dims) -> Vec<Segment> {
     };
     let mut segments = vec![segment(Role::Embedders, String::new(), embedders(dims))];
     for index in 0..dims.depth {
-        for (role, shapes) in [(Role::Attention, attention(dims)), (Role::Mlp, mlp(dims))] {
+        let fc2 = linear("mlp.fc2", dims.hidden_size, dims.mlp_hidden);
+        for (role, shapes) in [(Role::Attention, attention(dims)), (Role::Fc1, fc1(dims)), (Role::Fc2, fc2)] {
             segments.push(segment(role, format!("blocks.{index}."), shapes));
         }
     }

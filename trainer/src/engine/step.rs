@@ -1,7 +1,7 @@
 //! One optimizer update: batch, objective, segments, reduction, update.
 
 use super::divergence::Counts;
-use super::stepper::{AHEAD_LAG, StepError, StepReport, Stepper, goes_ahead};
+use super::stepper::{StepError, StepReport, Stepper};
 use super::tape::{Backward, Tape};
 use super::turns::Turn;
 use crate::ffi;
@@ -97,9 +97,7 @@ impl Stepper {
             return Ok(report);
         }
         self.optimizer.clip(&grads, report.grad_norm);
-        for (index, grad) in grads.iter().enumerate().filter(|(index, _)| !(ahead && goes_ahead(*index))) {
-            self.update(step, index, grad)?;
-        }
+        self.update_all(step, &grads, ahead)?;
         self.optimizer.end_update();
         Ok(report)
     }
@@ -142,9 +140,8 @@ impl Stepper {
             let grads = counts.weigh(self.torch(step, "backward", grads)?);
             let pushed = self.gradients.push(&self.buckets.0[index], index, grads);
             self.wire(step, "reduce", pushed)?;
-            let before = index + AHEAD_LAG;
-            if ahead && goes_ahead(before) && before < self.buckets.0.len() {
-                self.update_ahead(step, before)?;
+            if ahead {
+                self.update_ahead(step, index)?;
             }
         }
         Ok(())

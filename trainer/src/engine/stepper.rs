@@ -28,16 +28,23 @@ use std::sync::Arc;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
-/// Whether bucket `index` is one of those whose update need not wait for the end of the backward pass: every third. A step sends as much
-/// for gradients, behind the backward pass, as for weights, behind the next forward pass, which takes half as long. With a third of
-/// the weights behind the backward pass the wire has in each as much to do as it takes, all along the chain. Not the very first of
-/// them: it would come when the backward pass is over, and go before what is needed first.
-pub(super) fn goes_ahead(index: usize) -> bool {
-    index % 3 == 2 && index > AHEAD_LAG
+/// Of buckets of so many elements those whose update need not wait for the end of the backward pass: with a third of all elements. A step
+/// sends as much for gradients, behind the backward pass, as for weights, behind the next forward pass, which takes half as long. With a
+/// third of the weights behind the backward pass the wire has in each as much to do as it takes, all along the chain. Not the very first
+/// of them: it would come when the backward pass is over, and go before what is needed first.
+fn going_ahead(numels: &[usize]) -> Vec<bool> {
+    let (mut ahead, mut passed, mut gone) = (vec![false; numels.len()], 0, 0);
+    for (index, numel) in numels.iter().enumerate().skip(AHEAD_LAG + 1).rev() {
+        passed += numel;
+        // To the nearest whole bucket.
+        ahead[index] = 2 * passed >= 3 * (2 * gone + numel);
+        gone += if ahead[index] { *numel } else { 0 };
+    }
+    ahead
 }
 
 /// Such an update comes so many segments after the bucket's own: its sum has had time to arrive.
-pub(super) const AHEAD_LAG: usize = 2;
+const AHEAD_LAG: usize = 2;
 
 /// What defines the experiment for one rank.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +109,7 @@ pub struct Stepper {
     pub(super) gradients: Box<dyn GradientSum>,
     pub(super) weights: Box<dyn WeightSource>,
     pub(super) turns: Arc<Turns>,
+    going_ahead: Vec<bool>,
     pub(super) ranks: Arc<Ranks>,
 }
 
@@ -166,6 +174,7 @@ impl Stepper {
         let ranks = Arc::new(Ranks::connect(collective.clone(), experiment.mesh, experiment.summation)?);
         Ok(Self {
             gradients: gradients::sum(ranks.clone(), &buckets.0),
+            going_ahead: going_ahead(&buckets.0.iter().map(|bucket| bucket.layout.numel).collect::<Vec<_>>()),
             weights: weights::source(ranks.clone(), &turns),
             turns,
             model,
@@ -263,8 +272,8 @@ impl Stepper {
         Ok(report)
     }
 
-    /// Whether buckets [`goes_ahead`] are updated, and their weights travel, while the backward pass of the last lane still computes. Not
-    /// where an update may have to wait for all gradients (for their norm, or to be left out), nor where ranks do not each
+    /// Whether some buckets ([`going_ahead`]) are updated, and their weights travel, while the backward pass of the last lane still computes.
+    /// Not where an update may have to wait for all gradients (for their norm, or to be left out), nor where ranks do not each
     /// update a part of weights that all of them keep.
     pub(super) fn updates_ahead(&self, step: u64) -> bool {
         let mesh = self.experiment.mesh;
@@ -273,15 +282,29 @@ impl Stepper {
         shares && !waits
     }
 
-    /// Updates bucket `index` before the end of the backward pass.
+    /// Segment `index` has run backwards: updates the bucket whose turn it is, if it is one that goes ahead.
     pub(super) fn update_ahead(&mut self, step: u64, index: usize) -> Result<(), StepError> {
+        let index = index + AHEAD_LAG;
+        if self.going_ahead.get(index) != Some(&true) {
+            return Ok(());
+        }
         let mean = self.gradients.mean(index, self.lanes_left(step));
         let mean = self.wire(step, "reduce", mean)?;
         self.update(step, index, &mean)
     }
 
+    /// Updates all buckets but those that have gone ahead if any were to.
+    pub(super) fn update_all(&mut self, step: u64, grads: &[Tensor], ahead: bool) -> Result<(), StepError> {
+        for (index, grad) in grads.iter().enumerate() {
+            if !(ahead && self.going_ahead[index]) {
+                self.update(step, index, grad)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Updates bucket `index` and sends its weights on their way.
-    pub(super) fn update(&mut self, step: u64, index: usize, grad: &Tensor) -> Result<(), StepError> {
+    fn update(&mut self, step: u64, index: usize, grad: &Tensor) -> Result<(), StepError> {
         let _updating = phase(Phase::Update, "update", index as u64);
         let updated = self.optimizer.update_bucket(&self.buckets.0[index], grad, step);
         self.torch(step, "update", updated)?;

@@ -41,11 +41,13 @@ impl Tape {
             // The graph was needed only to learn what depends on a trainable parameter.
             output = Flow { state: leaves(&output.state), context: leaves(&output.context) };
         }
-        if keep == Keep::Nothing {
+        let record = Record { input: Flow::default(), output, keep };
+        // Where nothing so far is trained, backward has nothing to do.
+        if keep == Keep::Nothing || (keep == Keep::Activations && !record.needs_gradient()) {
             input.state.clear();
             previous.output.state.clear();
         }
-        self.records.push(Record { input, output, keep });
+        self.records.push(Record { input, ..record });
     }
 
     /// The chain's output as a leaf of the loss's graph.
@@ -167,14 +169,18 @@ mod tests {
         let (t, y) = (Tensor::from_slice(&[3f32, 700.0]), Tensor::from_slice(&[1i64, 7]));
         let turns = Turns::new(&*model, recompute_every);
         let mut tape = Tape::new(model.input(&x, &t, &y));
-        let mut needed = Vec::new();
+        let (mut needed, mut trained) = (Vec::new(), Vec::new());
         for (index, segment) in model.segments().iter().enumerate() {
             tape.forward(&**segment, &buckets.0[index].weights, turns.keeps[index]);
             needed.push(tape.records[index + 1].output.state[0].requires_grad());
+            trained.push(tape.records[index + 1].needs_gradient());
         }
-        for (record, next) in tape.records[1..].iter().zip(&tape.records[2..]) {
-            assert_eq!(record.output.state.is_empty(), next.keep == Keep::Nothing);
-            assert_eq!(next.input.state.is_empty(), next.keep == Keep::Nothing);
+        for (index, pair) in tape.records.windows(2).enumerate() {
+            let nothing = match turns.keeps[index] {
+                Keep::Activations => !trained[index],
+                keep => keep == Keep::Nothing,
+            };
+            assert_eq!([pair[0].output.state.is_empty(), pair[1].input.state.is_empty()], [nothing; 2]);
         }
         let grad = tape.output().cos().detach();
         let mut backward = tape.into_backward(grad);
@@ -199,14 +205,17 @@ mod tests {
         let (all, _) = gradients(&[], 0);
         let embedders = ["x_embedder.*", "t_embedder.*", "y_embedder.*"];
         for (frozen, needed) in [
-            (vec!["blocks.0.*"], [true; 6]),
-            (vec!["x_embedder.*"], [false, true, true, true, true, true]),
-            (embedders.to_vec(), [false, true, true, true, true, true]),
-            ([&embedders[..], &["blocks.0.*"]].concat(), [false, false, false, true, true, true]),
-            ([&embedders[..], &["blocks.0.attn.*"]].concat(), [false, true, true, true, true, true]),
-            ([&embedders[..], &["blocks.*", "final_layer.adaLN*"]].concat(), [false, false, false, false, false, true]),
-            (vec!["final_layer.*"], [true; 6]),
-            (vec!["*"], [false; 6]),
+            (vec!["blocks.0.*"], [true; 8]),
+            (vec!["x_embedder.*"], [false, true, true, true, true, true, true, true]),
+            (embedders.to_vec(), [false, true, true, true, true, true, true, true]),
+            ([&embedders[..], &["blocks.0.*"]].concat(), [false, false, false, false, true, true, true, true]),
+            ([&embedders[..], &["blocks.0.attn.*"]].concat(), [false, true, true, true, true, true, true, true]),
+            (
+                [&embedders[..], &["blocks.*", "final_layer.adaLN*"]].concat(),
+                [false, false, false, false, false, false, false, true],
+            ),
+            (vec!["final_layer.*"], [true; 8]),
+            (vec!["*"], [false; 8]),
         ] {
             for recompute_every in 0..=3 {
                 let case = format!("without {frozen:?}, recomputing every {recompute_every}");

@@ -61,9 +61,12 @@ impl Turns {
         Self { keeps, backward: units.into_iter().rev().flatten().collect() }
     }
 
-    /// The segments in the order of a micro-batch: forwards, then backwards.
-    pub fn uses(&self) -> Vec<usize> {
-        (0..self.keeps.len()).chain(self.backward.iter().map(|turn| turn.segment())).collect()
+    /// The segments in the order of a micro-batch, which another one follows: forwards, then backwards. With each goes whether its weights
+    /// are best kept for its next use: where that is the next of all, and until what is computed again has run backwards.
+    pub fn uses(&self) -> Vec<(usize, bool)> {
+        let forwards = (0..self.keeps.len()).map(|index| (index, index + 1 == self.keeps.len()));
+        let backward = |turn: &Turn| (turn.segment(), matches!(turn, Turn::Again(_) | Turn::Backward(0)));
+        forwards.chain(self.backward.iter().map(backward)).collect()
     }
 }
 
@@ -74,7 +77,7 @@ mod tests {
 
     #[test]
     fn what_is_computed_again_is_whole_blocks_from_one_input_each() {
-        // Embedders, two blocks of two halves, final layer.
+        // Embedders, two blocks of three parts, final layer.
         let model = tiny_dit();
         let turns = |every| Turns::new(&model, every);
         let keeps = |every: usize| -> String {
@@ -85,11 +88,19 @@ mod tests {
             };
             turns(every).keeps.iter().map(letter).collect()
         };
-        assert_eq!([0, 1, 2, 3].map(keeps), ["aaaaaa", "ii-i-i", "ai-aai", "aaai-a"]);
-        assert_eq!(
-            [0, 2, 3].map(|every| turns(every).uses()[6..].to_vec()),
-            [vec![5, 4, 3, 2, 1, 0], vec![5, 4, 3, 1, 2, 1, 0], vec![5, 3, 4, 3, 2, 1, 0],]
-        );
-        assert_eq!(turns(2).backward.iter().filter(|turn| matches!(turn, Turn::Again(1))).count(), 1);
+        assert_eq!([0, 1, 2, 3].map(keeps), ["aaaaaaaa", "ii--i--i", "ai--aaai", "aaaai--a"]);
+        let backward = |every: usize| -> String {
+            let word = |turn: &Turn| match turn {
+                Turn::Again(index) => format!("+{index} "),
+                Turn::Backward(index) => format!("-{index} "),
+            };
+            turns(every).backward.iter().map(word).collect()
+        };
+        assert_eq!(backward(0), "-7 -6 -5 -4 -3 -2 -1 -0 ");
+        assert_eq!(backward(1), "-7 +4 +5 -6 -5 -4 +1 +2 -3 -2 -1 -0 ");
+        assert_eq!(backward(2), "-7 -6 -5 -4 +1 +2 -3 -2 -1 -0 ");
+        let staying: Vec<usize> =
+            turns(2).uses().into_iter().filter_map(|(index, stays)| stays.then_some(index)).collect();
+        assert_eq!(staying, [7, 1, 2, 0]);
     }
 }

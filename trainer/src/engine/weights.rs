@@ -125,13 +125,13 @@ impl WeightSource for Resident {
     }
 }
 
-/// A rank keeps its part. The weights of a segment are gathered one turn ahead of their use and let go after it, unless they are used
-/// again in one of the two turns that follow: at the end of the chain and at its beginning, and by half a block that is computed again.
+/// A rank keeps its part. The weights of a segment are gathered one turn ahead of their use and let go after it, unless [`Turns::uses`]
+/// has them stay for the next.
 struct OnDemand {
     ranks: Arc<Ranks>,
     buckets: Vec<Presence>,
-    /// Which segments compute in a micro-batch, one after the other.
-    order: Vec<usize>,
+    /// See [`Turns::uses`].
+    order: Vec<(usize, bool)>,
     /// How many have computed since the last update.
     uses: usize,
 }
@@ -143,8 +143,8 @@ enum Presence {
 }
 
 impl OnDemand {
-    /// The segment of a use; a micro-batch follows another.
-    fn segment_of(&self, uses: usize) -> usize {
+    /// A use's segment, and whether its weights stay.
+    fn of_use(&self, uses: usize) -> (usize, bool) {
         self.order[uses % self.order.len()]
     }
 
@@ -169,19 +169,19 @@ impl OnDemand {
 
 impl WeightSource for OnDemand {
     fn acquire(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {
-        assert_eq!(index, self.segment_of(self.uses), "segments compute in their order");
+        assert_eq!(index, self.of_use(self.uses).0, "segments compute in their order");
         self.gather(buckets, index)?;
         if let Presence::Coming(gather) = std::mem::replace(&mut self.buckets[index], Presence::Here) {
             self.ranks.finish(Some(gather), "gather", index)?;
         }
-        let next = self.segment_of(self.uses + 1);
+        let (next, _) = self.of_use(self.uses + 1);
         self.gather(buckets, next)
     }
 
     fn release(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {
+        let (_, stays) = self.of_use(self.uses);
         self.uses += 1;
-        let soon = (self.uses..self.uses + 2).any(|uses| self.segment_of(uses) == index);
-        if soon { Ok(()) } else { self.let_go(buckets, index) }
+        if stays { Ok(()) } else { self.let_go(buckets, index) }
     }
 
     fn publish(&mut self, buckets: &[Bucket], index: usize) -> Result<(), WeightsError> {

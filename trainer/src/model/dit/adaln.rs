@@ -1,10 +1,10 @@
 //! adaLN: as adaLN-Zero without gates. The modulation starts like any other linear layer (the paper does not say).
 
 use super::adaln_zero::{enter, last};
-use super::block::Half;
+use super::block::{Part, Parts, UNGATED_FC2};
 use super::final_layer::{self, AdaLnFinal};
 use super::layers::{
-    apply_linear, attention_and_mlp_macs, attention_params, layer_norm, linear, mlp, mlp_params, modulate,
+    apply_linear, attention_and_mlp_macs, attention_params, fc1, fc1_params, layer_norm, linear, modulate,
     self_attention,
 };
 use super::{Design, DitConfig};
@@ -13,8 +13,11 @@ use tch::Tensor;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    attention: Half { params: attention_half_params, forward: attention_half },
-    mlp: Half { params: mlp_params, forward: mlp_half },
+    block: Parts {
+        attention: Part { params: attention_part_params, forward: attention_part },
+        fc1: Part { params: fc1_params, forward: fc1_part },
+        fc2: UNGATED_FC2,
+    },
     final_layer: |config| {
         let d = config.hidden_size;
         Box::new(AdaLnFinal { config, modulation: Init::XavierUniform { fan_in: d, fan_out: 2 * d } })
@@ -26,13 +29,13 @@ pub(super) const DESIGN: Design = Design {
     final_macs: |c| final_layer::macs(c) + 2 * c.hidden_size * c.hidden_size,
 };
 
-fn attention_half_params(config: &DitConfig) -> Vec<ParamSpec> {
+fn attention_part_params(config: &DitConfig) -> Vec<ParamSpec> {
     let d = config.hidden_size;
     attention_params(config).into_iter().chain(linear("adaLN_modulation.1", 4 * d, d).map(last)).collect()
 }
 
 /// x += attention(modulate(norm x)), and the MLP's part of the modulation.
-fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
+fn attention_part(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
     let (x, condition) = (&input.state[0], &input.context[0]); // [N, T, D], [N, D]
     let ada = apply_linear(w, "adaLN_modulation.1", &condition.silu()); // [N, 4D]
     see("ada", &ada);
@@ -43,10 +46,10 @@ fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> 
     vec![x, halves[1].shallow_clone()] // [N, T, D], [N, 2D]
 }
 
-/// x += mlp(modulate(norm x)).
-fn mlp_half(_: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
-    let [x, modulation] = &input.state[..] else { panic!("an MLP's half takes tokens and modulation") };
-    vec![x + mlp(w, &shifted_and_scaled(&layer_norm(x), modulation), see)]
+/// x and fc1(modulate(norm x)).
+fn fc1_part(_: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
+    let [x, modulation] = &input.state[..] else { panic!("fc1 takes tokens and modulation") };
+    vec![x.shallow_clone(), fc1(w, &shifted_and_scaled(&layer_norm(x), modulation), see)] // [N, T, D], [N, T, mlp_hidden]
 }
 
 /// `x` modulated by [N, 2D].

@@ -1,11 +1,11 @@
 //! Cross-attention conditioning: the embeddings of time and label are a context of two tokens, to which a third branch
 //! of each block attends, between self-attention and MLP.
 
-use super::block::Half;
+use super::block::{Part, Parts, UNGATED_FC2};
 use super::embedders::Embedded;
 use super::final_layer::{self, AffineFinal};
 use super::layers::{
-    affine_norm, apply_norm, attention_and_mlp_macs, attention_params, cross_attention, linear, mlp, mlp_params,
+    affine_norm, apply_norm, attention_and_mlp_macs, attention_params, cross_attention, fc1, fc1_params, linear,
     self_attention,
 };
 use super::{Design, DitConfig};
@@ -17,8 +17,11 @@ const CONTEXT_TOKENS: i64 = 2;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    attention: Half { params: attention_half_params, forward: attention_half },
-    mlp: Half { params: mlp_half_params, forward: mlp_half },
+    block: Parts {
+        attention: Part { params: attention_part_params, forward: attention_part },
+        fc1: AFFINE_FC1,
+        fc2: UNGATED_FC2,
+    },
     final_layer: |config| Box::new(AffineFinal { config }),
     block_macs: |c| {
         let (d, tokens) = (c.hidden_size, c.tokens());
@@ -33,7 +36,7 @@ fn enter(embedded: Embedded, _: Probe) -> Flow {
     Flow { state: vec![tokens], context: vec![Tensor::stack(&[t_emb, y_emb], 1)] } // [N, T, D], [N, 2, D]
 }
 
-fn attention_half_params(config: &DitConfig) -> Vec<ParamSpec> {
+fn attention_part_params(config: &DitConfig) -> Vec<ParamSpec> {
     let d = config.hidden_size;
     let groups = [
         affine_norm("norm1", d),
@@ -46,7 +49,7 @@ fn attention_half_params(config: &DitConfig) -> Vec<ParamSpec> {
 }
 
 /// x += attention(norm x); x += cross_attention(norm x, context).
-fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
+fn attention_part(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
     let (x, context) = (&input.state[0], &input.context[0]); // [N, T, D], [N, 2, D]
     let norm1 = apply_norm(w, "norm1", x);
     see("norm1", &norm1);
@@ -56,13 +59,11 @@ fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> 
     vec![x + cross]
 }
 
-/// The MLP with the norm before it, as the plain ViT has it.
-pub(super) fn mlp_half_params(config: &DitConfig) -> Vec<ParamSpec> {
-    affine_norm("norm2", config.hidden_size).into_iter().chain(mlp_params(config)).collect()
-}
-
-/// x += mlp(norm x).
-pub(super) fn mlp_half(_: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
-    let x = &input.state[0];
-    vec![x + mlp(w, &apply_norm(w, "norm2", x), see)]
-}
+/// x and fc1(norm x), as the plain ViT has it.
+pub(super) const AFFINE_FC1: Part = Part {
+    params: |config| affine_norm("norm2", config.hidden_size).into_iter().chain(fc1_params(config)).collect(),
+    forward: |_, w, input, see| {
+        let x = &input.state[0];
+        vec![x.shallow_clone(), fc1(w, &apply_norm(w, "norm2", x), see)] // [N, T, D], [N, T, mlp_hidden]
+    },
+};

@@ -1,8 +1,8 @@
 //! In-context conditioning: the embeddings of time and label are two more tokens behind those of the image; the blocks
 //! are those of a plain ViT.
 
-use super::block::Half;
-use super::cross_attention::{mlp_half, mlp_half_params};
+use super::block::{Part, Parts, UNGATED_FC2};
+use super::cross_attention::AFFINE_FC1;
 use super::embedders::Embedded;
 use super::final_layer::{self, AffineFinal};
 use super::layers::{affine_norm, apply_norm, attention_and_mlp_macs, attention_params, self_attention};
@@ -15,8 +15,11 @@ const EXTRA_TOKENS: i64 = 2;
 
 pub(super) const DESIGN: Design = Design {
     enter,
-    attention: Half { params: attention_half_params, forward: attention_half },
-    mlp: Half { params: mlp_half_params, forward: mlp_half },
+    block: Parts {
+        attention: Part { params: attention_part_params, forward: attention_part },
+        fc1: AFFINE_FC1,
+        fc2: UNGATED_FC2,
+    },
     final_layer: |config| Box::new(AffineFinal { config }),
     block_macs: |c| {
         let tokens = c.tokens() + EXTRA_TOKENS;
@@ -31,12 +34,12 @@ fn enter(embedded: Embedded, _: Probe) -> Flow {
     Flow { state: vec![joined], context: Vec::new() }
 }
 
-fn attention_half_params(config: &DitConfig) -> Vec<ParamSpec> {
+fn attention_part_params(config: &DitConfig) -> Vec<ParamSpec> {
     affine_norm("norm1", config.hidden_size).into_iter().chain(attention_params(config)).collect()
 }
 
-/// x += attention(norm x); the MLP's half is that of cross-attention.
-fn attention_half(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
+/// x += attention(norm x).
+fn attention_part(config: &DitConfig, w: &Weights, input: &Flow, see: Probe) -> Vec<Tensor> {
     let x = &input.state[0]; // [N, T + 2, D]
     let norm1 = apply_norm(w, "norm1", x);
     see("norm1", &norm1);

@@ -34,10 +34,14 @@ pub(super) fn attention_params(config: &DitConfig) -> Vec<ParamSpec> {
     [linear("attn.qkv", 3 * d, d), linear("attn.proj", d, d)].into_iter().flatten().collect()
 }
 
-/// Parameters of the MLP that every block has.
-pub(super) fn mlp_params(config: &DitConfig) -> Vec<ParamSpec> {
-    let (d, mlp) = (config.hidden_size, config.mlp_hidden());
-    [linear("mlp.fc1", mlp, d), linear("mlp.fc2", d, mlp)].into_iter().flatten().collect()
+/// Parameters of the MLP's first layer, which every block has.
+pub(super) fn fc1_params(config: &DitConfig) -> Vec<ParamSpec> {
+    linear("mlp.fc1", config.mlp_hidden(), config.hidden_size).into()
+}
+
+/// Those of its second layer.
+pub(super) fn fc2_params(config: &DitConfig) -> Vec<ParamSpec> {
+    linear("mlp.fc2", config.hidden_size, config.mlp_hidden()).into()
 }
 
 /// Multiply-adds of self-attention and MLP over `tokens` tokens.
@@ -121,11 +125,16 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     mixed.transpose(1, 2).flatten(2, 3)
 }
 
-/// fc2(GELU(fc1 x)).
-pub(super) fn mlp(w: &Weights, x: &Tensor, see: Probe) -> Tensor {
-    let activated = apply_product(w, "mlp.fc1", x).gelu("tanh");
-    see("mlp_act", &activated);
-    let mlp = apply_product(w, "mlp.fc2", &activated).to_kind(Kind::Float);
+/// GELU(fc1 x), in the precision of the run: [N, T, D] → [N, T, mlp_hidden].
+pub(super) fn fc1(w: &Weights, x: &Tensor, see: Probe) -> Tensor {
+    let hidden = apply_product(w, "mlp.fc1", x).gelu("tanh");
+    see("mlp_act", &hidden);
+    hidden
+}
+
+/// The MLP's result from what [`fc1`] gives: [N, T, mlp_hidden] → [N, T, D].
+pub(super) fn fc2(w: &Weights, hidden: &Tensor, see: Probe) -> Tensor {
+    let mlp = apply_product(w, "mlp.fc2", hidden).to_kind(Kind::Float);
     see("mlp", &mlp);
     mlp
 }

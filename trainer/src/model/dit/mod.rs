@@ -16,7 +16,7 @@ use super::{Flow, Model, Probe, Segment};
 pub use configs::Conditioning;
 pub use numerics::Numerics;
 
-use block::{Half, HalfBlock, Part};
+use block::{BlockPart, Parts};
 use embedders::{Embedded, Embedders};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -52,11 +52,10 @@ pub struct DitConfig {
     pub numerics: Numerics,
 }
 
-/// What makes a conditioning design: how the embedders' work enters the chain, the halves of its block and its final layer.
+/// What makes a conditioning design: how the embedders' work enters the chain, its block and its final layer.
 struct Design {
     enter: fn(Embedded, Probe) -> Flow,
-    attention: Half,
-    mlp: Half,
+    block: Parts,
     final_layer: fn(DitConfig) -> Box<dyn Segment>,
     block_macs: fn(&DitConfig) -> i64,
     final_macs: fn(&DitConfig) -> i64,
@@ -138,7 +137,7 @@ impl DitConfig {
 #[error("this DiT cannot be built: {0}")]
 pub struct DitConfigError(String);
 
-/// A DiT: embedders, `depth` blocks of two segments each, final layer.
+/// A DiT: embedders, `depth` blocks of three segments each, final layer.
 pub struct Dit {
     config: DitConfig,
     segments: Vec<Box<dyn Segment>>,
@@ -157,9 +156,7 @@ impl Dit {
         }
         let mut segments: Vec<Box<dyn Segment>> = vec![Box::new(Embedders { config: config.clone() })];
         for index in 0..config.depth {
-            for part in [Part::Attention, Part::Mlp] {
-                segments.push(Box::new(HalfBlock { config: config.clone(), prefix: format!("blocks.{index}."), part }));
-            }
+            segments.extend(BlockPart::of_block(&config, index));
         }
         segments.push((config.design().final_layer)(config.clone()));
         let latent_shape = [config.in_channels, config.input_size, config.input_size];
