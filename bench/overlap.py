@@ -2,7 +2,8 @@
 
     ./dev bench overlap [--model DiT-S/2] [--shares 0.5 0.8 1.0] [--rounds 3] [--steps 9] [--json]
 
-compute        step time over the same network without a limit
+compute        step time over the same network without a limit: the mean of a run before and one after the limited one, since the machine's
+               speed changes
 communication  the bytes that a rank sends in a step (its part of the sums, and the weights that come back: 4 × parameters × (ranks − 1) / ranks for
                each) over the rate of the link, which is measured by TCP streams in both directions between the two nodes
 share          communication over compute: the link's rate is chosen for it
@@ -81,6 +82,13 @@ def turn(config, args, name):
     return runs.finish(runs.start(config, name, args.steps, options, overrides, [NODES, "run", "dn0"]))
 
 
+def free(config, args, name, batch):
+    """Seconds of a step over the network without a limit."""
+    for node in ("dn0", "dn1"):
+        nodes("shape", node, "off")
+    return batch / turn(config, args, name)["images_per_s"]
+
+
 def main():
     parser = argparse.ArgumentParser(prog="./dev bench overlap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_model_flag(parser, "DiT-S/2")
@@ -104,15 +112,13 @@ def main():
             for number in range(args.rounds):
                 for share in args.shares:
                     runs.say(f"round {number + 1} of {args.rounds}, share {share}")
-                    # Compute just before, since the machine's speed changes.
-                    for node in ("dn0", "dn1"):
-                        nodes("shape", node, "off")
-                    compute = batch / turn(config, args, f"free-{number}-{share}")["images_per_s"]
-                    rate = sent / (share * compute)
+                    before = free(config, args, f"before-{number}-{share}", batch)
+                    rate = sent / (share * before)
                     for node in ("dn0", "dn1"):
                         nodes("shape", node, int(8 * rate / 1000))
                     communication = sent / link_rate()
                     slow = turn(config, args, f"slow-{number}-{share}")
+                    compute = (before + free(config, args, f"after-{number}-{share}", batch)) / 2
                     rows.append({"share": share, "compute_s": compute, "communication_s": communication, "step_s": batch / slow["images_per_s"], "overlap": slow["overlap"]})
     finally:
         nodes("down")

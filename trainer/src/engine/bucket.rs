@@ -146,11 +146,6 @@ impl Bucket {
         tch::no_grad(|| self.averages.iter().for_each(|average| average.shallow_clone().copy_(&self.held)));
     }
 
-    /// Of the held elements those that this rank answers for.
-    pub fn own_in_shard(&self) -> Range<usize> {
-        self.own.start - self.shard.start..self.own.end - self.shard.start
-    }
-
     /// Gives `params` memory, whose values are undefined.
     ///
     /// # Errors

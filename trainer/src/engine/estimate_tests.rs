@@ -209,7 +209,7 @@ fn compare(config: &RunConfig, rank: usize, world_size: usize) -> usize {
             }
         }
     }
-    gradients.finish(mesh.lanes).unwrap();
+    gradients.finish(mesh.lanes, &mut |_, _| ()).unwrap();
     (0..buckets.0.len()).for_each(|index| weights.publish(&buckets.0, index).unwrap());
     weights.settle(&buckets.0).unwrap();
     let wire = estimate::wire::wire(&sizes, config, 1, world_size, 1);

@@ -2,7 +2,7 @@
 
 use super::bucket::{Bucket, BucketLayout, slice};
 use super::ranks::Ranks;
-use super::reducer::{Exchange, Reducer, room};
+use super::reducer::{Exchange, OfEach, Reducer, room};
 use super::tree::LaneSum;
 use super::wire::Summation;
 use collective::CollectiveError;
@@ -18,7 +18,7 @@ pub trait GradientSum {
     /// What the collective reports.
     fn push(&mut self, bucket: &Bucket, index: usize, grads: Vec<Option<Tensor>>) -> Result<(), CollectiveError>;
 
-    /// The mean of bucket `index` before the others, where every rank holds what it answers for; two further buckets have been pushed in the last lane
+    /// The mean of bucket `index` before the others, where every rank holds what it answers for; further buckets have been pushed in the last lane
     /// since. [`GradientSum::finish`] gives it again.
     ///
     /// # Errors
@@ -26,11 +26,11 @@ pub trait GradientSum {
     fn mean(&mut self, index: usize, lanes: usize) -> Result<Tensor, CollectiveError>;
 
     /// After all lanes and buckets: the mean gradient over `lanes` lanes, those that are not left out, of the held part of every
-    /// bucket. Valid until the next push.
+    /// bucket. Valid until the next push. `each` works while the wire does.
     ///
     /// # Errors
     /// What the collective reports.
-    fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError>;
+    fn finish(&mut self, lanes: usize, each: OfEach) -> Result<Vec<Tensor>, CollectiveError>;
 
     /// Bytes of its buffers: [sums, what comes in from other ranks].
     #[cfg(test)]
@@ -74,8 +74,8 @@ impl GradientSum for AllLanes {
         self.reducer.mean(index, lanes)
     }
 
-    fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError> {
-        self.reducer.finish(lanes)
+    fn finish(&mut self, lanes: usize, each: OfEach) -> Result<Vec<Tensor>, CollectiveError> {
+        self.reducer.finish(lanes, each)
     }
 
     #[cfg(test)]
@@ -119,10 +119,10 @@ impl GradientSum for LaneByLane {
         self.reducer.mean(index, lanes)
     }
 
-    fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError> {
+    fn finish(&mut self, lanes: usize, each: OfEach) -> Result<Vec<Tensor>, CollectiveError> {
         let last = self.on_the_wire.take();
         self.arrive(last)?;
-        self.reducer.finish(lanes)
+        self.reducer.finish(lanes, each)
     }
 
     #[cfg(test)]

@@ -19,6 +19,9 @@ pub struct Exchange {
     nodes: usize,
 }
 
+/// Is given each bucket's mean gradient of what this rank answers for, as it is there.
+pub type OfEach<'a> = &'a mut dyn FnMut(usize, &Tensor);
+
 /// Room for what comes in when `numel` elements are exchanged among `count` ranks.
 pub fn room(ranks: &Ranks, numel: usize, count: usize, device: Device) -> Tensor {
     let (numel, kind) = match ranks.summation {
@@ -184,31 +187,34 @@ impl Reducer {
         }
     }
 
-    /// Waits for all buckets and finishes the tree: the mean gradient over `lanes` lanes of the held part of every bucket. Valid until
-    /// the next step.
+    /// Waits for all buckets, in the order of the backward pass and the wire, and finishes the tree: see [`super::gradients::GradientSum::finish`].
     ///
     /// # Errors
     /// What the collective reports.
-    pub fn finish(&mut self, lanes: usize) -> Result<Vec<Tensor>, CollectiveError> {
+    pub fn finish(&mut self, lanes: usize, each: OfEach) -> Result<Vec<Tensor>, CollectiveError> {
         self.in_group = None;
-        let mut gathers = Vec::with_capacity(self.slots.len());
-        let mut means = Vec::with_capacity(self.slots.len());
-        // In the order of the backward pass, which is that of the wire.
-        for index in (0..self.slots.len()).rev() {
-            self.climb(Some(index))?;
+        let (mut gathers, mut means) = (Vec::new(), Vec::with_capacity(self.slots.len()));
+        let buckets = (0..self.slots.len()).rev();
+        if self.ranks.mesh.replicas > 1 {
+            // What has yet to go to the peers goes before anything from there is waited for.
+            buckets.clone().try_for_each(|index| self.climb(Some(index)))?;
         }
-        for index in 0..self.slots.len() {
+        for index in buckets {
+            self.climb(Some(index))?;
             let (root, sum) = self.root(index, lanes)?;
+            each(index, &root);
             if self.ranks.mesh.held() == self.ranks.mesh.own() {
                 means.push(root);
                 continue;
             }
             slice(&sum, &self.slots[index].own).copy_(&root);
-            gathers.push(self.ranks.peers().all_gather(None, region(&sum))?);
+            gathers.push((index, self.ranks.peers().all_gather(None, region(&sum))?));
             means.push(sum);
         }
-        let mut gathers = gathers.into_iter().enumerate();
-        gathers.try_for_each(|(index, gather)| self.ranks.finish(Some(gather), "reduce", index))?;
+        for (index, gather) in gathers {
+            self.ranks.finish(Some(gather), "reduce", index)?;
+        }
+        means.reverse();
         Ok(means)
     }
 }

@@ -78,14 +78,13 @@ impl Stepper {
             used.push(batch);
         }
         phases::enter(Phase::Reduce);
-        let grads = self.gradients.finish(self.lanes_left(step));
-        let grads = self.wire(step, "reduce", grads)?;
+        let (grads, squares) = self.mean_gradients(step)?;
         let broken: Vec<_> = used.iter().flat_map(|batch| batch.broken.iter().cloned()).collect();
         let found = self.decisions.unknown(&broken);
         let signal = signal | if found.is_empty() { 0 } else { REPLACED };
         let mut report = {
             let _agreeing = span(Compute, "agree", None);
-            self.agree(step, &losses, &grads, data_wait, signal)?
+            self.agree(step, &losses, squares, data_wait, signal)?
         };
         report.wire = self.ranks.wire_time();
         if report.signals.iter().any(|signal| signal & REPLACED != 0) {

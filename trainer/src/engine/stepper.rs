@@ -44,7 +44,7 @@ fn going_ahead(numels: &[usize]) -> Vec<bool> {
 }
 
 /// Such an update comes so many segments after the bucket's own: its sum has had time to arrive.
-const AHEAD_LAG: usize = 2;
+const AHEAD_LAG: usize = 3;
 
 /// What defines the experiment for one rank.
 #[derive(Clone, Copy, Debug)]
@@ -189,13 +189,27 @@ impl Stepper {
         })
     }
 
+    /// Waits for the mean gradients of what this rank holds; with each bucket's goes, as scalars on the device, the squared norms of the
+    /// finest shards that this rank answers for.
+    pub(super) fn mean_gradients(&mut self, step: u64) -> Result<(Vec<Tensor>, Vec<Vec<Tensor>>), StepError> {
+        let (lanes, buckets) = (self.lanes_left(step), &self.buckets.0);
+        let mut squares: Vec<Vec<Tensor>> = buckets.iter().map(|_| Vec::new()).collect();
+        let mut square = |index: usize, own: &Tensor| {
+            let finest = buckets[index].layout.finest_numel;
+            let of_shard = |start| slice(own, &(start..start + finest)).square().sum(Kind::Double);
+            squares[index] = (0..own.numel()).step_by(finest).map(of_shard).collect();
+        };
+        let grads = self.gradients.finish(lanes, &mut square);
+        Ok((self.wire(step, "reduce", grads)?, squares))
+    }
+
     /// Lets all ranks agree on losses, gradient norm and signals, and on what becomes of a step that diverges. The one wait
     /// for the device in a step: what waits for all gradients is updated after it.
     pub(super) fn agree(
         &mut self,
         step: u64,
         losses: &[LossTerms],
-        grads: &[Tensor],
+        squares: Vec<Vec<Tensor>>,
         data_wait: Duration,
         signal: u32,
     ) -> Result<StepReport, StepError> {
@@ -204,17 +218,13 @@ impl Stepper {
         let names: Vec<&'static str> =
             losses.first().map(|l| l.parts.iter().map(|p| p.0).collect()).unwrap_or_default();
         let terms = 1 + names.len();
-        // Of each lane that this rank has run the loss and its parts; of each bucket the squared norms of its own finest shards.
+        // Of each lane that this rank has run the loss and its parts; of each bucket the squared norms.
         let of_lane = |loss: &LossTerms| {
             let parts = loss.parts.iter().map(|(_, part)| part.to_kind(Kind::Double));
             std::iter::once(loss.total.detach().to_kind(Kind::Double)).chain(parts).collect::<Vec<_>>()
         };
         let mut values: Vec<Tensor> = losses.iter().flat_map(of_lane).collect();
-        for (bucket, grad) in self.buckets.0.iter().zip(grads) {
-            let (own, finest) = (bucket.own_in_shard(), bucket.layout.finest_numel);
-            let square = |start| slice(grad, &(start..start + finest)).square().sum(Kind::Double);
-            values.extend(own.step_by(finest).map(square));
-        }
+        values.extend(squares.into_iter().flatten());
         let stacked = Tensor::stack(&values, 0).to_device(Device::Cpu);
         let mut message = Vec::<f64>::try_from(&stacked).map_err(|error| StepError::Torch {
             rank: self.collective.rank(),
@@ -239,7 +249,8 @@ impl Stepper {
         let counts: Vec<bool> = (0..lanes).map(|lane| self.decisions.counts(step, lane).0).collect();
         let counted = |lane: usize, term: usize| if counts[lane] { loss_of(lane, term) } else { 0.0 };
         let mean = |term: usize| sum_lanes(&of_all(&|lane| counted(lane, term))) / self.lanes_left(step) as f64;
-        let bucket_squares = (0..grads.len()).map(|bucket| sum_lanes(&of_all(&|finest| square_of(bucket, finest))));
+        let bucket_squares =
+            (0..self.buckets.0.len()).map(|bucket| sum_lanes(&of_all(&|finest| square_of(bucket, finest))));
         let bucket_squares: Vec<f64> = bucket_squares.collect();
         let mut report = StepReport {
             loss: mean(0),
