@@ -3,12 +3,13 @@
 mod kills;
 
 use crate::experiment::{Experiment, Ran, finish, run_ok, start, wait_until};
-use crate::phases;
+use crate::phases::{self, BEHIND_GATE, Gate};
 use crate::stopping::{has_checkpoint, kill};
 use crate::watching::{is_in, process_of, status};
 use std::fs::File;
+use std::net::IpAddr;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 const LONG: [&str; 3] = ["train.steps=1500", "checkpoint.every_steps=50", "log.every_steps=100"];
@@ -131,11 +132,16 @@ fn a_stop_reaches_the_ranks_of_all_nodes() {
     assert_eq!(experiment.digest("run"), reference);
 }
 
-/// Two ranks on two nodes; the cable of rank 1's is pulled in `phase`. Gives where it was, by the launcher's word.
-fn cut_in(cluster: &Nodes, experiment: &Experiment, phase: &str, run: &str, overrides: &[&str]) -> String {
+/// Two ranks on two nodes.
+fn two(cluster: &Nodes, experiment: &Experiment, run: &str, overrides: &[&str]) -> Command {
     let status_file = experiment.path(run).with_extension("status");
     let options = ["--nodes", "2", "--status-file", status_file.to_str().unwrap()];
-    let child = start(&mut cluster.launcher_with(experiment, run, overrides, &options));
+    cluster.launcher_with(experiment, run, overrides, &options)
+}
+
+/// The cable of rank 1's node is pulled in `phase`. Gives where it was, by the launcher's word.
+fn cut_in(cluster: &Nodes, experiment: &Experiment, phase: &str, run: &str, overrides: &[&str]) -> String {
+    let child = start(&mut two(cluster, experiment, run, overrides));
     let folder = experiment.path(run);
     let rank = |rank: usize| process_of(folder.to_str().unwrap(), rank);
     if phase == "reduce" {
@@ -145,11 +151,18 @@ fn cut_in(cluster: &Nodes, experiment: &Experiment, phase: &str, run: &str, over
         kill("-STOP", rank(0));
     }
     wait_until("the phase", || is_in(experiment, run, 1, phase));
+    cut(cluster, child, phase, || {
+        if phase == "reduce" {
+            kill("-CONT", rank(0));
+        }
+    })
+}
+
+/// Pulls the cable, and does something `then`.
+fn cut(cluster: &Nodes, child: Child, phase: &str, then: impl FnOnce()) -> String {
     nodes(&["cut", "dn1"]);
     let cut = Instant::now();
-    if phase == "reduce" {
-        kill("-CONT", rank(0));
-    }
+    then();
     let ran = finish(child);
     let took = cut.elapsed();
     assert_eq!(ran.code, Some(1), "{}", ran.text());
@@ -179,4 +192,17 @@ fn a_link_that_is_cut_in_any_phase_ends_the_run_and_the_rank_behind_it_is_named_
             |attempt| cut_in(&cluster, experiment, phase, &format!("{phase}-{attempt}"), overrides).starts_with(phase);
         assert!((0..phases::TRIES).any(caught), "never caught in phase {phase}");
     }
+}
+
+#[test]
+#[ignore = "needs root and four network namespaces: ./dev test --nodes"]
+fn a_link_that_is_cut_while_a_rank_waits_for_data_ends_the_run_and_the_rank_behind_it_is_named_with_its_phase() {
+    let (cluster, experiment) = (Nodes::up(), Experiment::new());
+    // This process is on the switch too. Rank 0 gets its data all the time.
+    let dn1 = |client| client == IpAddr::from([10, 79, 0, 2]);
+    let gate = Gate::before(&experiment, [10, 79, 0, 254].into(), dn1);
+    let child = gate.start(&mut two(&cluster, &experiment, "data", &BEHIND_GATE));
+    assert_eq!(gate.shut(&experiment, "data"), 1);
+    let place = cut(&cluster, child, "data", || ());
+    assert!(place.starts_with("data"), "{place}");
 }

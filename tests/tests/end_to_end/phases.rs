@@ -4,8 +4,8 @@
 use crate::experiment::{Experiment, finish, start, wait_until, write_latents};
 use crate::stopping::kill;
 use crate::watching::{is_in, no_process_is_left, process_of, status, watched};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::Child;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use stores::testing::MiniS3;
@@ -169,25 +169,33 @@ fn a_rank_that_hangs_while_it_waits_for_another_is_named_with_its_phase() {
     caught_waiting(Fault::Hangs);
 }
 
-/// A server of objects behind a gate: once it is shut, nothing is answered any more.
-struct Gate {
+/// A data set behind a gate: once it is shut, some clients are answered no more.
+pub struct Gate {
+    _server: MiniS3,
     address: SocketAddr,
     is_shut: Arc<AtomicBool>,
 }
 
 impl Gate {
-    fn before(server: SocketAddr) -> Gate {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let gate = Gate { address: listener.local_addr().unwrap(), is_shut: Arc::default() };
-        let is_shut = gate.is_shut.clone();
+    /// The experiment's data, for whoever reaches `address`; shut means shut for `whom`.
+    pub fn before(experiment: &Experiment, address: IpAddr, whom: fn(IpAddr) -> bool) -> Gate {
+        let server = MiniS3::new();
+        for file in std::fs::read_dir(experiment.path("data")).unwrap().map(|entry| entry.unwrap().path()) {
+            let name = file.file_name().unwrap().to_str().unwrap();
+            server.put(&format!("data/{name}"), std::fs::read(&file).unwrap());
+        }
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (objects, is_shut) = (server.address(), Arc::<AtomicBool>::default());
+        let gate = Gate { _server: server, address, is_shut: is_shut.clone() };
         std::thread::spawn(move || {
             let mut kept = Vec::new();
-            for client in listener.incoming().map_while(Result::ok) {
-                if is_shut.load(SeqCst) {
+            while let Ok((client, from)) = listener.accept() {
+                if is_shut.load(SeqCst) && whom(from.ip()) {
                     kept.push(client);
                     continue;
                 }
-                let server = TcpStream::connect(server).unwrap();
+                let server = TcpStream::connect(objects).unwrap();
                 for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
                 {
                     std::thread::spawn(move || {
@@ -199,34 +207,40 @@ impl Gate {
         });
         gate
     }
+
+    /// A run that reads through the gate, and little ahead. Ranks inherit the environment.
+    pub fn start(&self, command: &mut Command) -> Child {
+        command.env("AWS_ENDPOINT_URL", format!("http://{}", self.address));
+        for (name, value) in [("AWS_ALLOW_HTTP", "true"), ("AWS_SKIP_SIGNATURE", "true"), ("AWS_REGION", "us-east-1")] {
+            command.env(name, value);
+        }
+        start(command)
+    }
+
+    /// Shuts it after the first step of `run`, and waits until one of the ranks has waited for data for a second.
+    pub fn shut(&self, experiment: &Experiment, run: &str) -> usize {
+        wait_until("a step", || experiment.log(run).iter().any(|event| event["event"] == "step"));
+        self.is_shut.store(true, SeqCst);
+        let stuck = || {
+            (0..2).find(|rank| {
+                let rank = &status(experiment, run)["ranks"][rank];
+                rank["phase"] == "data" && rank["phase_s"].as_f64().unwrap() > 1.0
+            })
+        };
+        wait_until("a rank without data", || stuck().is_some());
+        stuck().unwrap()
+    }
 }
+
+/// What a run behind a [`Gate`] is told.
+pub const BEHIND_GATE: [&str; 3] = ["data.url=s3://bucket/data", "data.prefetch_bytes=1000", ENDLESS];
 
 fn caught_without_data(fault: Fault) {
     let experiment = Experiment::new();
-    let server = MiniS3::new();
-    for file in std::fs::read_dir(experiment.path("data")).unwrap().map(|entry| entry.unwrap().path()) {
-        let name = file.file_name().unwrap().to_str().unwrap();
-        server.put(&format!("data/{name}"), std::fs::read(&file).unwrap());
-    }
-    let gate = Gate::before(server.address());
-    let overrides = ["data.url=s3://bucket/data", "data.prefetch_bytes=1000", ENDLESS, fault.patience()];
-    let mut command = watched(&experiment, "data", &overrides);
-    command.env("AWS_ENDPOINT_URL", format!("http://{}", gate.address));
-    for (name, value) in [("AWS_ALLOW_HTTP", "true"), ("AWS_SKIP_SIGNATURE", "true"), ("AWS_REGION", "us-east-1")] {
-        command.env(name, value);
-    }
-    let child = start(&mut command);
-    wait_until("a step", || experiment.log("data").iter().any(|event| event["event"] == "step"));
-    gate.is_shut.store(true, SeqCst);
+    let gate = Gate::before(&experiment, [127, 0, 0, 1].into(), |_| true);
+    let child = gate.start(&mut watched(&experiment, "data", &[&BEHIND_GATE[..], &[fault.patience()]].concat()));
     // Whichever runs out of rows first; the other waits for it.
-    let stuck = || {
-        (0..2).find(|rank| {
-            let rank = &status(&experiment, "data")["ranks"][rank];
-            rank["phase"] == "data" && rank["phase_s"].as_f64().unwrap() > 1.0
-        })
-    };
-    wait_until("a rank without data", || stuck().is_some());
-    let rank = stuck().unwrap();
+    let rank = gate.shut(&experiment, "data");
     fault.befall(process_of(experiment.path("data").to_str().unwrap(), rank));
     let place = fault.is_told(&experiment, "data", rank, child);
     assert!(place.starts_with("data for "), "{place}");
