@@ -90,7 +90,7 @@ pub fn segment_cost(
     // Of the MLP's branch alone; the part before has all of it.
     let modulation = graph.leaf(graph.samples * d * graph.modulated(), inputs.modulation_requires_grad);
     let hidden = graph.samples * graph.tokens() * dims.mlp_hidden as f64;
-    let hidden = graph.fresh(hidden, if precision == Precision::Bf16 { 2.0 } else { 4.0 }, inputs.hidden_requires_grad);
+    let hidden = graph.fresh(hidden, graph.product_bytes(), inputs.hidden_requires_grad);
     let mut next = inputs;
     // What is given on beside the output.
     let mut beside = None;
@@ -251,9 +251,14 @@ impl Graph {
         self.multiply(input, weight, outputs)
     }
 
+    /// Of an element of what `apply_product` gives.
+    fn product_bytes(&self) -> f64 {
+        if self.precision == Precision::Bf16 { 2.0 } else { 4.0 }
+    }
+
     /// `apply_product`
     fn rounded_linear(&mut self, name: &str, input: Shadow) -> Shadow {
-        let bytes = if self.precision == Precision::Bf16 { 2.0 } else { 4.0 };
+        let bytes = self.product_bytes();
         let (weight, outputs) = (self.weight(name), self.param(&format!("{name}.bias")).numel);
         let (input, weight) = (self.cast(input, bytes), self.cast(weight, bytes));
         self.multiply(input, weight, outputs)

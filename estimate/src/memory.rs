@@ -173,16 +173,17 @@ impl Sizes {
         let (mut below, mut most) = (0.0f64, 0.0f64);
         let mut units = self.units(config).into_iter().peekable();
         while let Some((unit, again)) = units.next() {
-            let mut here = below;
+            let (mut here, mut output) = (below, 0.0);
             for index in unit.clone() {
                 let cost = &self.costs[index];
                 // An input is kept for a backward pass, or to compute again from.
-                let next = self.costs.get(index + 1).is_none_or(|next| next.requires_grad);
-                let input_of_unit = index + 1 == unit.end && units.peek().is_some_and(|(_, again)| *again);
-                here += cost.kept_bytes + if next || input_of_unit { cost.output_bytes } else { 0.0 };
+                let trained = self.costs.get(index + 1).is_none_or(|next| next.requires_grad);
+                let starts_unit = index + 1 == unit.end && units.peek().is_some_and(|(_, again)| *again);
+                output = if trained || starts_unit { cost.output_bytes } else { 0.0 };
+                here += cost.kept_bytes + output;
                 most = most.max(here + cost.backward_bytes);
             }
-            below = if again { below + self.costs[unit.end - 1].output_bytes } else { here };
+            below = if again { below + output } else { here };
         }
         let latents = 4 * config.train.micro_batch * self.dims.in_channels * self.dims.input_size.pow(2);
         most + 5.0 * latents as f64
